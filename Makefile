@@ -1,0 +1,43 @@
+VENV ?= .venv
+PYTHON ?= python3
+PORT ?= 8000
+SETTINGS ?=
+TESTS ?= tests
+INSTALL = $(PYTHON) requirements/install.py --venv $(VENV)
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint format bench clean
+
+help: ## list the targets
+	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
+
+install: ## make the virtual environment and install xloom with its pinned requirements
+	@$(INSTALL) cpu
+
+serve: install ## serve the sample, or SETTINGS=file.yaml, at PORT=8000
+	@exec $(BIN)/xloom serve $(SETTINGS) --port $(PORT)
+
+test: ## run the tests (TESTS=tests/unit for a part)
+	@$(INSTALL) cpu dev
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: ## ruff and mypy
+	@$(INSTALL) cpu dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: ## mend what ruff can mend
+	@$(INSTALL) cpu dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: ## measure, side by side with peers (see docs/benchmarks.md)
+	@$(INSTALL) cpu bench
+	@$(BIN)/python -m benchmarks
+
+clean: ## remove caches and the virtual environment
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache deployments/*.egg-info
+	find deployments tests benchmarks requirements -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

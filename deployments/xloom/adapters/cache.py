@@ -1,0 +1,194 @@
+"""The node's copies of prepared adapters: content-addressed, shared by all replicas of the node, checked before use."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from xloom.adapters.manifest import Entry, generation_of, read_files, sync_folder, write_synced
+from xloom.protocol import XloomError
+
+logger = logging.getLogger(__name__)
+
+Fetch = Callable[[str], Awaitable[Mapping[str, bytes]]]  # generation -> its files by name
+
+_GENERATION = re.compile(r"^[0-9a-f]{64}$")
+_LOCK_POLL_S = 0.02
+
+
+class NodeCache:
+    """A folder of prepared adapters, `<generation>/`, each with two lock files beside it.
+
+    A process that uses a copy holds `<generation>.use` shared, and who evicts it needs that one alone; who writes a
+    copy holds `<generation>.write`. So the replicas of a node fetch a generation once, nothing in use is evicted,
+    and a process that dies leaves no lock behind (the kernel drops an flock with its process).
+    """
+
+    def __init__(self, folder: Path, max_size: int = 64 * 2**30) -> None:
+        self._folder = folder.expanduser()
+        self._max_size = max_size  # bytes, of all copies together
+        self._pins: dict[str, int] = {}  # generation -> descriptor that holds `<generation>.use`
+        self._busy: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """The generations this process uses."""
+        return frozenset(self._pins)
+
+    async def ensure(self, entry: Entry, fetch: Fetch) -> Path:
+        """The folder of an entry's prepared files, fetched if this node lacks them; in use until `release`.
+
+        Raises `XloomError`: what `fetch` raises, transfer_corrupt (what came is not what was asked for, twice),
+        cache_unwritable.
+        """
+        generation = entry.generation
+        if not _GENERATION.match(generation):
+            raise XloomError("invalid_generation", f"{generation!r} is not a generation.", status=500)
+        async with self._busy[generation]:
+            if generation in self._pins:
+                return self._folder / generation
+            try:
+                return await self._ensure(generation, fetch)
+            except OSError as error:
+                raise XloomError(
+                    "cache_unwritable",
+                    f"The node cache {self._folder} failed: {error}.",
+                    "Free disk space there, or set store.cache to another folder.",
+                    500,
+                ) from None
+
+    def release(self, generation: str) -> None:
+        """This process no longer uses the copy; it stays on disk until the space is needed."""
+        descriptor = self._pins.pop(generation, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Release everything."""
+        for generation in list(self._pins):
+            self.release(generation)
+
+    async def _ensure(self, generation: str, fetch: Fetch) -> Path:
+        target = self._folder / generation
+        use = await self._lock(generation, "use", fcntl.LOCK_SH)
+        try:
+            write = await self._lock(generation, "write", fcntl.LOCK_EX)
+            try:
+                if not await asyncio.to_thread(_is_whole, target):
+                    await self._fill(target, fetch)
+            finally:
+                os.close(write)
+            os.utime(self._lock_path(generation, "use"))  # the time of last use
+        except BaseException:
+            os.close(use)
+            raise
+        self._pins[generation] = use
+        await asyncio.to_thread(self._trim)
+        return target
+
+    async def _fill(self, target: Path, fetch: Fetch) -> None:
+        for _attempt in range(2):
+            files = await fetch(target.name)
+            plain = all(Path(name).name == name for name in files)
+            if plain and await asyncio.to_thread(generation_of, files) == target.name:
+                await asyncio.to_thread(_write, target, files)
+                return
+            logger.warning("what came for generation %s has another content", target.name)
+        raise XloomError(
+            "transfer_corrupt",
+            f"Generation {target.name} came damaged from the adapter store, twice.",
+            "Remove the adapter and add it again.",
+            502,
+        )
+
+    def _trim(self) -> None:
+        """Evict the copies used longest ago that no process uses, down to the size limit."""
+        copies = [folder for folder in self._folder.iterdir() if _GENERATION.match(folder.name)]
+        sizes = {folder.name: _size(folder) for folder in copies}
+        excess = sum(sizes.values()) - self._max_size
+        for generation in sorted(sizes, key=self._last_use):
+            if excess <= 0:
+                return
+            if generation not in self._pins and self._evict(generation):
+                excess -= sizes[generation]
+
+    def _evict(self, generation: str) -> bool:
+        descriptor = self._try_lock(generation, "use", fcntl.LOCK_EX)
+        if descriptor is None:
+            return False
+        try:
+            shutil.rmtree(self._folder / generation, ignore_errors=True)
+            for purpose in ("write", "use"):
+                self._lock_path(generation, purpose).unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _last_use(self, generation: str) -> float:
+        try:
+            return self._lock_path(generation, "use").stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    # Locks.
+
+    def _lock_path(self, generation: str, purpose: str) -> Path:
+        return self._folder / f"{generation}.{purpose}"
+
+    async def _lock(self, generation: str, purpose: str, kind: int) -> int:
+        """A descriptor that holds a lock of the generation. Polls, so that no thread is kept waiting."""
+        # Other processes hold these locks: there is no event of ours to wait for.
+        while (descriptor := self._try_lock(generation, purpose, kind)) is None:  # noqa: ASYNC110
+            await asyncio.sleep(_LOCK_POLL_S)
+        return descriptor
+
+    def _try_lock(self, generation: str, purpose: str, kind: int) -> int | None:
+        path = self._lock_path(generation, purpose)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):  # another process holds it, or evicted the copy meanwhile
+            pass
+        os.close(descriptor)
+        return None
+
+
+def _is_whole(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    whole = generation_of(read_files(folder)) == folder.name
+    if not whole:
+        logger.warning("the copy %s is damaged: it is fetched anew", folder)
+    return whole
+
+
+def _write(target: Path, files: Mapping[str, bytes]) -> None:
+    """Put a copy in place at once: written beside, then renamed. The caller holds the write lock."""
+    temporary, damaged = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    for leftover in (temporary, damaged):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    for name, data in files.items():
+        write_synced(temporary / name, data)
+    if target.exists():
+        target.rename(damaged)
+    temporary.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except FileNotFoundError:
+        return 0

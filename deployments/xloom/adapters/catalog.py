@@ -1,0 +1,261 @@
+"""The catalog: takes adapters in from their sources, keeps them prepared on disk, and knows the desired state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from xloom.adapters import sources
+from xloom.adapters.companions import fetch_companions
+from xloom.adapters.manifest import (
+    Entry,
+    Manifest,
+    ManifestFile,
+    Overrides,
+    generation_of,
+    read_files,
+    sync_folder,
+)
+from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
+from xloom.protocol import XloomError
+from xloom.xlora.prepare import Prepared, prepare_bundle, prepare_lora
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A prepared adapter not yet in the catalog: its entry, and the folder that is to become its generation's."""
+
+    entry: Entry
+    folder: Path
+
+
+class AdapterCatalog:
+    """The adapters of one base model, under one folder, which one process owns.
+
+    `manifest.json` names the entries; `prepared/<generation>/` holds what replicas load; `incoming/` is scratch.
+    `stage` is slow and may run in several threads at once; `commit` and `remove` are quick. A failure at any
+    point, a crash included, leaves the manifest as it was or as it was to be, never between.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base_source: str,
+        max_rank: int,
+        reserved_names: Collection[str] = (),
+        base_revision: str | None = None,
+        limits: sources.Limits | None = None,
+    ) -> None:
+        self._base = (base_source, base_revision)
+        self._max_rank = max_rank
+        self._reserved = frozenset(reserved_names)
+        self._limits = limits or sources.Limits()
+        self._prepared = folder / "prepared"
+        self._incoming = folder / "incoming"
+        self._changing = Lock()
+        self._prepared.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._incoming, ignore_errors=True)  # of an add that a crash cut short
+        self._incoming.mkdir()
+        self._file = ManifestFile(folder)
+        self._manifest = self._file.load()
+        self._drop_missing()
+        self._collect()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The desired state."""
+        return self._manifest
+
+    @property
+    def version(self) -> int:
+        """Grows with each change."""
+        return self._manifest.version
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All adapters and bundles."""
+        return self._manifest.entries
+
+    def add(
+        self,
+        name: str,
+        source: str,
+        kind: str | None = None,
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        mixing_mode: str | None = None,
+        replace: bool = False,
+    ) -> Entry:
+        """Take an adapter or bundle in (`kind` None: whichever it is). Raises `XloomError` and changes nothing.
+
+        Adding what is there already changes nothing; other content under the same name is adapter_exists
+        unless `replace`.
+        """
+        overrides = Overrides(top_k, temperature, mixing_mode)
+        with self.stage(name, source, kind, overrides) as staged:
+            return self.commit(staged, replace=replace)
+
+    @contextmanager
+    def stage(self, name: str, source: str, kind: str | None, overrides: Overrides) -> Iterator[Staged]:
+        """Fetch, check and prepare a source; what is not committed within the block is deleted."""
+        check_name(name, self._reserved)
+        scratch = self._incoming / uuid.uuid4().hex
+        prepared = scratch / "prepared"
+        fetched = scratch / "source" / "fetched"  # what a bundle names as ../x comes to lie in `source`
+        prepared.mkdir(parents=True)
+        try:
+            sources.fetch(source, fetched, self._limits)
+            with _speaking_of(source, fetched):
+                kind = detect_kind(fetched, source, kind)
+                check_overrides(kind, overrides)
+                result = self._prepare(source, fetched, kind, overrides, prepared)
+            entry = Entry(
+                name=name,
+                kind=kind,
+                generation=generation_of(read_files(prepared)),
+                rank=result.rank,
+                targets=result.targets,
+                size=result.size,
+                source=source,
+                overrides=overrides,
+                added_at=time.time(),
+            )
+            yield Staged(entry, prepared)
+        except OSError as error:
+            raise _unwritable(self._prepared.parent, error) from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _prepare(self, source: str, fetched: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
+        base = base_shape(*self._base)
+        if kind == "lora":
+            return prepare_lora(fetched, base.modules, out, max_rank=self._max_rank)
+        fetch_companions(source, fetched, self._limits)
+        return prepare_bundle(
+            fetched,
+            base.modules,
+            out,
+            hidden_size=base.hidden_size,
+            top_k=overrides.top_k,
+            temperature=overrides.temperature,
+            mixing_mode=overrides.mixing_mode,
+            max_rank=self._max_rank,
+            root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
+        )
+
+    def commit(self, staged: Staged, *, replace: bool = False) -> Entry:
+        """Make a staged adapter part of the desired state. Raises `XloomError` (adapter_exists)."""
+        entry = staged.entry
+        with self._changing:
+            old = self._manifest.get(entry.name)
+            if old is not None and old.generation == entry.generation:
+                return old
+            if old is not None and not replace:
+                raise XloomError(
+                    "adapter_exists",
+                    f"{entry.name!r} exists already, with other content (from {old.source!r}).",
+                    "Remove it first, replace it, or choose another name.",
+                    409,
+                )
+            target = self._prepared / entry.generation
+            try:
+                if not target.is_dir():
+                    _sync_files(staged.folder)
+                    os.replace(staged.folder, target)
+                    sync_folder(self._prepared)
+                self._change(self._manifest.with_entry(entry))
+            except OSError as error:
+                self._collect()
+                raise _unwritable(self._prepared.parent, error) from None
+            return entry
+
+    def remove(self, name: str) -> Entry:
+        """Take an adapter out, and its files once no entry needs them. Raises `XloomError` (adapter_not_found)."""
+        with self._changing:
+            entry = self._manifest.get(name)
+            if entry is None:
+                raise XloomError(
+                    "adapter_not_found",
+                    f"There is no adapter {name[:80]!r}.",
+                    "See the list of adapters for those there are.",
+                    404,
+                )
+            self._change(self._manifest.without(name))
+            return entry
+
+    def files(self, generation: str) -> dict[str, bytes]:
+        """A generation's prepared files by name. Raises `XloomError` (generation_not_found, generation_damaged)."""
+        if all(entry.generation != generation for entry in self._manifest.entries):
+            raise _no_generation(generation)
+        try:
+            files = read_files(self._prepared / generation)
+        except FileNotFoundError:  # removed meanwhile
+            raise _no_generation(generation) from None
+        if generation_of(files) != generation:
+            raise XloomError(
+                "generation_damaged",
+                f"The store's files of generation {generation} are damaged on disk.",
+                "Remove the adapter and add it again.",
+                500,
+            )
+        return files
+
+    def _change(self, manifest: Manifest) -> None:
+        self._file.save(manifest)
+        self._manifest = manifest
+        self._collect()
+
+    def _collect(self) -> None:
+        """Delete the generations that no entry names."""
+        named = {entry.generation for entry in self._manifest.entries}
+        for folder in self._prepared.iterdir():
+            if folder.name not in named:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _drop_missing(self) -> None:
+        missing = [entry for entry in self._manifest.entries if not (self._prepared / entry.generation).is_dir()]
+        for entry in missing:
+            logger.error("the files of %s are gone: it is dropped; add it again from %s", entry.key, entry.source)
+            self._manifest = self._manifest.without(entry.name)
+        if missing:
+            self._file.save(self._manifest)
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+@contextmanager
+def _speaking_of(source: str, folder: Path) -> Iterator[None]:
+    """Name the user's source in errors, in place of the scratch folder it was copied to."""
+    try:
+        yield
+    except XloomError as error:
+        message = error.message.replace(str(folder), source)
+        raise XloomError(error.code, message, error.cure, error.status) from None
+
+
+def _no_generation(generation: str) -> XloomError:
+    return XloomError("generation_not_found", f"No adapter is at generation {generation[:64]!r}.", status=404)
+
+
+def _unwritable(folder: Path, error: OSError) -> XloomError:
+    return XloomError(
+        "store_unwritable",
+        f"The adapter store's folder {folder} failed: {error}.",
+        "Free disk space there, or set store.path to another folder.",
+        500,
+    )

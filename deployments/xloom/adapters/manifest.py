@@ -1,0 +1,147 @@
+"""The desired state: which adapters and bundles exist, at which generation. Kept on disk in two copies."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from xloom.protocol import AdapterRef, XloomError
+
+logger = logging.getLogger(__name__)
+
+
+class Overrides(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the deployment sets over a bundle's own routing; None leaves the bundle's."""
+
+    top_k: int | None = None
+    temperature: float | None = None
+    mixing_mode: str | None = None
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One adapter or bundle, prepared and ready to be fetched."""
+
+    name: str
+    kind: str  # "lora" or "xlora"
+    generation: str  # `generation_of` its prepared files
+    rank: int  # of a bundle: the largest sum of its adapters' ranks over the modules
+    targets: tuple[str, ...]  # kinds of module: q_proj, down_proj...
+    size: int  # bytes
+    source: str
+    overrides: Overrides = Overrides()
+    added_at: float = 0.0  # seconds since the epoch
+
+    @property
+    def ref(self) -> AdapterRef:
+        """How requests name it."""
+        return AdapterRef(self.name, self.generation, self.kind)
+
+    @property
+    def key(self) -> str:
+        """How replicas report it: name@generation."""
+        return f"{self.name}@{self.generation}"
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """All entries, in the order they were added; the version grows with each change."""
+
+    version: int = 0
+    entries: tuple[Entry, ...] = ()
+
+    def get(self, name: str) -> Entry | None:
+        """The entry of this name."""
+        return next((entry for entry in self.entries if entry.name == name), None)
+
+    def with_entry(self, entry: Entry) -> Manifest:
+        """The next version, with this entry added or in place of its namesake."""
+        if self.get(entry.name):
+            entries = tuple(entry if old.name == entry.name else old for old in self.entries)
+        else:
+            entries = (*self.entries, entry)
+        return Manifest(self.version + 1, entries)
+
+    def without(self, name: str) -> Manifest:
+        """The next version, with no entry of this name."""
+        return Manifest(self.version + 1, tuple(entry for entry in self.entries if entry.name != name))
+
+
+def generation_of(files: Mapping[str, bytes]) -> str:
+    """SHA-256 in hex over the files' names, lengths and contents, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{len(files[name])}\0".encode())
+        digest.update(files[name])
+    return digest.hexdigest()
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """All files right in a folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's names (files made, renamed) are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ManifestFile:
+    """The manifest on disk: `manifest.json`, and `manifest.json.bak`, written right after it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "manifest.json"
+        self._backup = folder / "manifest.json.bak"
+
+    def load(self) -> Manifest:
+        """The stored manifest, empty when there is none. Raises `XloomError` (manifest_corrupt): no copy is whole."""
+        if not self._path.exists() and not self._backup.exists():
+            return Manifest()
+        manifest = self._read(self._path)
+        if manifest is not None:
+            return manifest
+        backup = self._read(self._backup)
+        if backup is None:
+            raise XloomError(
+                "manifest_corrupt",
+                f"Neither {self._path} nor its backup can be read.",
+                "Restore one of them, or delete both to start with an empty store.",
+                500,
+            )
+        logger.warning("%s is damaged: went back to %s, version %d", self._path, self._backup, backup.version)
+        # The damaged copy may have been one version ahead; a number must never stand for two states.
+        recovered = Manifest(backup.version + 2, backup.entries)
+        self.save(recovered)
+        return recovered
+
+    def save(self, manifest: Manifest) -> None:
+        """Replace both copies, one after the other, so that at any moment one is whole."""
+        data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        for target in (self._path, self._backup):
+            temporary = target.with_name(target.name + ".tmp")
+            write_synced(temporary, data)
+            os.replace(temporary, target)
+            sync_folder(target.parent)
+
+    @staticmethod
+    def _read(path: Path) -> Manifest | None:
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Manifest)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            logger.warning("%s can't be read: %s", path, error)
+            return None

@@ -1,0 +1,199 @@
+"""The adapter store: a Ray actor that holds the desired state and hands out weights through the object store."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from xloom.adapters.catalog import AdapterCatalog
+from xloom.adapters.manifest import Entry, Manifest, Overrides
+from xloom.adapters.residency import ReplicaReport, Residency
+from xloom.protocol import XloomError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_MAX_STAGING = 4  # sources fetched and checked at once
+_MAX_SHARED = 2 * 2**30  # bytes kept in Ray's object store for replicas to come
+_SETTLE_S = 3.0  # after a start, replicas have this long to report before their absence means anything
+
+
+class AdapterStore:
+    """The actor's class; `xloom.adapters.client` makes it an actor and speaks to it.
+
+    Memory holds only what can be had again: the catalog is on disk, replicas report anew, objects are put anew.
+    """
+
+    def __init__(
+        self, folder: str, base_source: str, max_rank: int, reserved_names: Sequence[str], base_revision: str | None
+    ) -> None:
+        self._arguments = (Path(folder), base_source, max_rank, tuple(reserved_names), base_revision)
+        self._opened: AdapterCatalog | None = None
+        self._opening = asyncio.Lock()
+        self._changed = asyncio.Condition()
+        self._committing = asyncio.Lock()
+        self._staging = asyncio.Semaphore(_MAX_STAGING)
+        self._residency = Residency()
+        self._shared: OrderedDict[str, tuple[ObjectRef, int]] = OrderedDict()  # generation -> reference, bytes
+        self._sharing = asyncio.Lock()
+        self._started = time.monotonic()
+
+    # Desired state.
+
+    async def add(
+        self, name: str, source: str, kind: str | None = None, overrides: Overrides | None = None, replace: bool = False
+    ) -> Entry:
+        """Take an adapter or bundle in; see `AdapterCatalog.add`."""
+        catalog = await self._catalog()
+        async with self._staging:
+            stage = catalog.stage(name, source, kind, overrides or Overrides())
+            staged = await asyncio.to_thread(stage.__enter__)
+            try:
+                async with self._committing:
+                    entry = await asyncio.to_thread(catalog.commit, staged, replace=replace)
+            finally:
+                await asyncio.to_thread(stage.__exit__, None, None, None)
+        await self._wake()
+        return entry
+
+    async def remove(self, name: str) -> Entry:
+        """Take an adapter out. Raises `XloomError` (adapter_not_found)."""
+        catalog = await self._catalog()
+        async with self._committing:
+            entry = await asyncio.to_thread(catalog.remove, name)
+        await self._wake()
+        return entry
+
+    async def entries(self) -> tuple[Entry, ...]:
+        """All adapters and bundles."""
+        return (await self._catalog()).entries()
+
+    async def desired(self, known_version: int, timeout_s: float) -> Manifest:
+        """The manifest: at once when its version is not the known one, else when it changes or the time is up."""
+        catalog = await self._catalog()
+        await self._until(lambda: catalog.version != known_version, timeout_s)
+        return catalog.manifest
+
+    async def identity(self) -> tuple[str, str]:
+        """The folder and the base model it serves."""
+        return str(self._arguments[0]), self._arguments[1]
+
+    # Weights.
+
+    async def fetch(self, generation: str, fresh: bool = False) -> list[ObjectRef]:
+        """`[reference]` to a generation's files, `dict[str, bytes]`: in a list, so that Ray does not resolve it.
+
+        `fresh` puts them anew, for callers whose reference was lost. Raises `XloomError` (generation_not_found).
+        """
+        catalog = await self._catalog()
+        async with self._sharing:
+            if generation in self._shared and not fresh:
+                self._shared.move_to_end(generation)
+                return [self._shared[generation][0]]
+            files = await asyncio.to_thread(catalog.files, generation)
+            reference = await asyncio.to_thread(ray.put, files)
+            self._shared[generation] = (reference, sum(map(len, files.values())))
+            self._shared.move_to_end(generation)
+            named = {entry.generation for entry in catalog.entries()}
+            total = sum(size for _, size in self._shared.values())
+            for old, (_, size) in list(self._shared.items()):
+                if old != generation and (old not in named or total > _MAX_SHARED):
+                    del self._shared[old]  # the object lives on while a borrower holds its reference
+                    total -= size
+            return [reference]
+
+    # Residency.
+
+    async def report(
+        self, replica_id: str, node_id: str, resident: Sequence[str], failed: dict[str, str] | None = None
+    ) -> None:
+        """A replica says what it holds (name@generation), and what its engine refused and why. Each second or so."""
+        self._residency.report(replica_id, node_id, resident, failed or {})
+        await self._wake()
+
+    async def forget(self, replica_id: str) -> None:
+        """A replica that is shutting down says so, and is waited for no more."""
+        self._residency.forget(replica_id)
+        await self._wake()
+
+    async def residency(self) -> dict[str, ReplicaReport]:
+        """The last report of each replica heard within ten seconds."""
+        return self._residency.live()
+
+    async def await_resident(self, name: str, generation: str, timeout_s: float) -> list[str]:
+        """Wait until each live replica holds an entry; returns their ids, none when no replica is up.
+
+        Raises `XloomError`: adapter_load_failed (an engine refused it), adapter_superseded (it was replaced or
+        removed meanwhile), adapter_not_resident (time is up).
+        """
+        catalog = await self._catalog()
+        key = f"{name}@{generation}"
+
+        def settled() -> bool:
+            entry = catalog.manifest.get(name)
+            if entry is None or entry.generation != generation:
+                raise XloomError("adapter_superseded", f"{name!r} was replaced or removed meanwhile.", status=409)
+            if failures := self._residency.failures(key):
+                replica, reason = next(iter(failures.items()))
+                raise XloomError(
+                    "adapter_load_failed",
+                    f"{len(failures)} replicas could not load {name!r}; {replica}: {reason}",
+                    "Mend the adapter, then replace it; or remove it.",
+                    500,
+                )
+            return self._settled() and not self._residency.lacking(key)
+
+        if not await self._until(settled, timeout_s):
+            raise self._late(name, "load", self._residency.lacking(key), timeout_s)
+        return self._residency.holding(key)
+
+    async def await_absent(self, name: str, generation: str, timeout_s: float) -> None:
+        """Wait until no live replica holds an entry any more. Raises `XloomError` (adapter_not_resident)."""
+        key = f"{name}@{generation}"
+        if not await self._until(lambda: self._settled() and not self._residency.holding(key), timeout_s):
+            raise self._late(name, "let go of", self._residency.holding(key), timeout_s)
+
+    # Inside.
+
+    def _settled(self) -> bool:
+        return time.monotonic() - self._started >= _SETTLE_S or bool(self._residency.live())
+
+    @staticmethod
+    def _late(name: str, verb: str, replicas: list[str], timeout_s: float) -> XloomError:
+        return XloomError(
+            "adapter_not_resident",
+            f"{len(replicas)} replicas did not {verb} {name!r} within {timeout_s:g} s: {', '.join(replicas)}.",
+            "They go on trying: look at xloom status, and at their logs.",
+            504,
+        )
+
+    async def _catalog(self) -> AdapterCatalog:
+        # Opened here and not in __init__, where an error would kill the actor and reach callers without its code.
+        async with self._opening:
+            if self._opened is None:
+                self._opened = await asyncio.to_thread(AdapterCatalog, *self._arguments)
+            return self._opened
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for a condition; looked at after each change, and each second, since silence changes things too."""
+        deadline = time.monotonic() + timeout_s
+        async with self._changed:
+            while not holds():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                try:
+                    await asyncio.wait_for(self._changed.wait(), min(left, 1.0))
+                except TimeoutError:
+                    continue
+        return True

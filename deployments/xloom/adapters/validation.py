@@ -1,0 +1,70 @@
+"""What may enter the store: names, kinds, and how an adapter must fit the base model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from xloom.adapters.manifest import Overrides
+from xloom.protocol import XloomError
+from xloom.settings import NAME_PATTERN
+from xloom.xlora.bundle import is_bundle
+from xloom.xlora.modules import linear_modules
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """What of the base model adapters are held against: linear modules as name -> (out, in), and the hidden size."""
+
+    modules: dict[str, tuple[int, int]]
+    hidden_size: int
+
+
+@lru_cache(maxsize=4)
+def base_shape(source: str, revision: str | None = None) -> BaseShape:
+    """The shape of a base model, from its configuration alone. Raises `XloomError` (unreadable_model)."""
+    modules = linear_modules(source, revision)
+    from transformers import AutoConfig  # readable: linear_modules has just read it
+
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    return BaseShape(modules, int(config.get_text_config().hidden_size))
+
+
+def check_name(name: str, reserved: Collection[str]) -> None:
+    """Refuse names with path parts and the like, and those taken by others. Raises `XloomError`."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise XloomError(
+            "invalid_adapter_name",
+            f"{name[:80]!r} can't name an adapter.",
+            "Use up to 64 letters, digits, dots, dashes and underscores, a letter or digit first.",
+        )
+    if name in reserved:
+        raise XloomError("name_reserved", f"The name {name!r} is that of the base model.", "Choose another.", 409)
+
+
+def detect_kind(folder: Path, source: str, wanted: str | None) -> str:
+    """What a folder is, "xlora" or "lora". Raises `XloomError` (wrong_kind) when `wanted` is the other."""
+    found = "xlora" if is_bundle(folder) else "lora"
+    if wanted not in (None, "lora", "xlora"):
+        raise XloomError("wrong_kind", f"There is no adapter kind {wanted!r}.", "Kinds are lora and xlora.")
+    if wanted is not None and wanted != found:
+        names = {"lora": "a LoRA adapter", "xlora": "an X-LoRA bundle"}
+        raise XloomError(
+            "wrong_kind",
+            f"The source {source!r} is {names[found]}, not {names[wanted]}.",
+            "List LoRA adapters under adapters and bundles under xlora.",
+        )
+    return found
+
+
+def check_overrides(kind: str, overrides: Overrides) -> None:
+    """Refuse routing overrides on a plain adapter. Raises `XloomError` (invalid_override)."""
+    if kind == "lora" and overrides != Overrides():
+        raise XloomError(
+            "invalid_override",
+            "top_k, temperature and mixing_mode are for X-LoRA bundles; this is a LoRA adapter.",
+            "Leave them out.",
+        )

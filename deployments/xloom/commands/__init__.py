@@ -1,0 +1,1 @@
+"""The commands of `xloom`, one a file."""

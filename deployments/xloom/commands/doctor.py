@@ -1,0 +1,64 @@
+"""`xloom doctor`: what is here, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from xloom.commands import checks
+from xloom.commands.checks import Finding
+from xloom.settings import Settings, load_settings
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """All findings about this machine, for these settings."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    store = Path(settings.store.path).expanduser()
+    findings: list[Finding | None] = [
+        checks.check_python(),
+        *checks.check_packages(checks.installed_versions()),
+        *checks.check_backends(importlib.metadata.entry_points(group="xloom.backends")),
+        checks.check_cpu(checks.cpu_flags(), platform.machine(), cores),
+        checks.check_devices(),
+        checks.check_memory(checks.free_memory(), checks.memory_needed(settings)),
+        checks.check_shared_memory(),
+        checks.check_disk(store),
+        *checks.check_compiler(settings.engine.compile),
+        checks.check_port(settings.router.host, settings.router.port),
+        checks.check_hub(),
+    ]
+    return [finding for finding in findings if finding is not None]
+
+
+def report(findings: list[Finding], console: Console) -> None:
+    """Print the findings as a table, with each cure under what it mends."""
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        colour = COLOURS[finding.level]
+        cure = f"\n[bold]{escape(finding.cure)}[/bold]" if finding.cure else ""
+        table.add_row(f"[{colour}]{finding.level}[/{colour}]", escape(finding.check), escape(finding.detail) + cure)
+    console.print(table)
+
+
+def diagnose(file: Path | None, console: Console, *, as_json: bool) -> int:
+    """Examine this machine for a settings file; 1 when serving can't work here. Raises `XloomError`."""
+    findings = examine(load_settings(file))
+    serves = not any(finding.level == "fail" for finding in findings)
+    if as_json:
+        console.print_json(data={"serves": serves, "findings": [asdict(finding) for finding in findings]})
+    else:
+        report(findings, console)
+        console.print("\n[green]Serving can work here.[/green]" if serves else "\n[red]Serving can't work here.[/red]")
+    return 0 if serves else 1

@@ -1,0 +1,79 @@
+"""`LLMBackend`: what a replica asks of an engine, whatever library runs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest
+
+if TYPE_CHECKING:
+    from xloom.settings import EngineSettings, ModelSettings
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do; settings are refused against it before anything loads."""
+
+    paged_attention: bool
+    xlora: bool
+    devices: tuple[str, ...]  # of cpu, cuda, metal
+    isq_methods: tuple[str, ...] = field(default=())
+
+
+class LLMBackend(ABC):
+    """One engine in one process. All methods are called on one event loop.
+
+    `steps` is the primitive: one list of chunks for each engine step, over all requests. It has one
+    reader. Requests are submitted and aborted at any time.
+    """
+
+    @classmethod
+    @abstractmethod
+    def capabilities(cls) -> Capabilities:
+        """What this backend can do on any machine."""
+
+    @classmethod
+    @abstractmethod
+    def missing(cls) -> str | None:
+        """None when the backend can run here, else what is missing and the command that mends it."""
+
+    @classmethod
+    @abstractmethod
+    async def load(cls, model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int) -> LLMBackend:
+        """Start the engine with the model; with `xlora`, ready for X-LoRA bundles. Raises `XloomError`."""
+
+    @abstractmethod
+    async def submit(self, request: TokenRequest) -> None:
+        """Take a request; its chunks come through `steps`. Raises `XloomError` when it can't be taken."""
+
+    @abstractmethod
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Stop requests and free their pages; unknown ids are ignored. No chunk need follow."""
+
+    @abstractmethod
+    def steps(self) -> AsyncIterator[list[TokenChunk]]:
+        """The chunks of each engine step. Ends, by an exception, only when the engine has died."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """The newest figures; cheap."""
+
+    @abstractmethod
+    async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
+        """Load a prepared adapter or bundle from its folder, so that the next request finds it. Raises `XloomError`."""
+
+    @abstractmethod
+    async def remove_adapter(self, ref: AdapterRef) -> None:
+        """Free the adapter's slot. Unknown ones are ignored."""
+
+    @abstractmethod
+    async def check_health(self) -> None:
+        """Raise when the engine is dead or stuck."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop the engine and its processes."""

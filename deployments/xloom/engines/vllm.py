@@ -1,0 +1,193 @@
+"""The vLLM backend: paged attention and continuous batching on CPU, CUDA, and Metal through vLLM's plugin."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xloom.engines.base import Capabilities, LLMBackend
+from xloom.protocol import AdapterRef, EngineStats, Logprobs, TokenChunk, TokenRequest, XloomError
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    from xloom.settings import EngineSettings, ModelSettings
+
+logger = logging.getLogger(__name__)
+
+
+class VLLMBackend(LLMBackend):
+    """A vLLM engine core in a process of its own, spoken to as vLLM's API server does."""
+
+    def __init__(self, core: AsyncMPClient, num_pages: int, vocabulary: int, max_model_len: int) -> None:
+        self._core = core
+        self._num_pages, self._vocabulary, self._max_model_len = num_pages, vocabulary, max_model_len
+        self._stats = EngineStats(kv_pages_total=num_pages)
+        self._preemptions = 0
+        self._adapters: dict[AdapterRef, LoRARequest] = {}
+        self._dead: BaseException | None = None
+
+    @classmethod
+    def capabilities(cls) -> Capabilities:
+        return Capabilities(paged_attention=True, xlora=True, devices=("cpu", "cuda", "metal"))
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if importlib.util.find_spec("vllm") is None:
+            return "vLLM is not installed: make install, or pip install 'xloom[cuda]' on a GPU machine"
+        return None
+
+    @classmethod
+    async def load(cls, model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int) -> VLLMBackend:
+        missing = cls.missing()
+        if missing:
+            raise XloomError("backend_missing", missing, "", 500)
+        from xloom.engines.vllm_arguments import engine_config
+
+        config = await asyncio.to_thread(
+            engine_config, model, engine, xlora=xlora, max_lora_rank=max_lora_rank
+        )
+        # Relied on: EngineCoreClient.make_async_mp_client, Executor.get_class; vLLM 0.32.
+        from vllm.v1.engine.core_client import EngineCoreClient
+        from vllm.v1.executor import Executor
+
+        core = await asyncio.to_thread(
+            EngineCoreClient.make_async_mp_client, config, Executor.get_class(config), log_stats=True
+        )
+        pages = config.cache_config.num_gpu_blocks or 0  # the engine core reports it back at the end of its start
+        logger.info("engine ready: %s, %d KV pages of %d tokens", model.source, pages, config.cache_config.block_size)
+        return cls(core, pages, config.model_config.get_vocab_size(), config.model_config.max_model_len)
+
+    async def submit(self, request: TokenRequest) -> None:
+        from vllm.v1.engine import EngineCoreRequest
+
+        from xloom.engines.vllm_sampling import sampling_from_dict
+
+        self._check_prompt(request.prompt_token_ids)
+        lora = None
+        if request.adapter is not None:
+            lora = self._adapters.get(request.adapter)
+            if lora is None:
+                raise XloomError(
+                    "adapter_not_found", f"This engine does not hold the adapter {request.adapter.name!r}.", "", 404
+                )
+        await self._core.add_request_async(
+            EngineCoreRequest(
+                request_id=request.request_id,
+                prompt_token_ids=request.prompt_token_ids,
+                mm_features=None,
+                sampling_params=sampling_from_dict(request.sampling),
+                pooling_params=None,
+                arrival_time=request.arrival_time,
+                lora_request=lora,
+                cache_salt=request.cache_salt,
+                data_parallel_rank=None,
+                priority=request.priority,
+                **request.extra,
+            )
+        )
+
+    def _check_prompt(self, prompt: Sequence[int]) -> None:
+        if not prompt or len(prompt) >= self._max_model_len:
+            raise XloomError(
+                "context_length_exceeded" if prompt else "empty_prompt",
+                f"The prompt has {len(prompt)} tokens; this engine takes 1 to {self._max_model_len - 1}.",
+                "Shorten the prompt, or raise engine.max_model_len.",
+            )
+        if max(prompt) >= self._vocabulary or min(prompt) < 0:
+            raise XloomError(
+                "invalid_token", f"The prompt holds a token outside 0 to {self._vocabulary - 1}.", "Check the tokenizer."
+            )
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        await self._core.abort_requests_async(list(request_ids))
+
+    async def steps(self) -> AsyncIterator[list[TokenChunk]]:
+        try:
+            while True:
+                outputs = await self._core.get_output_async()
+                self._take_stats(outputs)
+                if outputs.outputs:
+                    yield [_chunk(output) for output in outputs.outputs]
+        except Exception as error:
+            self._dead = error
+            raise XloomError("engine_dead", f"The engine has died: {error}", "See the replica's log.", 503) from error
+
+    def _take_stats(self, outputs: EngineCoreOutputs) -> None:
+        scheduler = outputs.scheduler_stats
+        if scheduler is None:
+            return
+        # SchedulerStats.kv_cache_usage is the share of pages in use, cached-only pages apart; vLLM 0.32.
+        self._stats = EngineStats(
+            running=scheduler.num_running_reqs,
+            waiting=scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs,
+            kv_pages_used=round(scheduler.kv_cache_usage * self._num_pages),
+            kv_pages_total=self._num_pages,
+            adapters=[f"{ref.name}@{ref.generation}" for ref in self._adapters],
+        )
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
+        from xloom.engines.vllm_lora import lora_request
+
+        request = lora_request(ref, str(path))
+        try:
+            await self._core.add_lora_async(request)
+        except Exception as error:  # the engine goes on; the message is vLLM's own
+            raise XloomError(
+                "adapter_load_failed", f"The engine refused the adapter {ref.name!r}: {error}", "See docs/errors.md.", 400
+            ) from error
+        self._adapters[ref] = request
+
+    async def remove_adapter(self, ref: AdapterRef) -> None:
+        request = self._adapters.pop(ref, None)
+        if request is not None:
+            await self._core.remove_lora_async(request.lora_int_id)
+
+    async def check_health(self) -> None:
+        if self._dead is not None or self._core.resources.engine_dead:
+            raise XloomError("engine_dead", "The engine process has died.", "The replica restarts by itself.", 503)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._core.shutdown)
+
+
+def _chunk(output: EngineCoreOutput) -> TokenChunk:
+    chunk = TokenChunk(output.request_id, output.new_token_ids)
+    if output.finish_reason is not None:
+        chunk.finish_reason = str(output.finish_reason)
+        chunk.stop_reason = output.stop_reason
+    if output.new_logprobs is not None:
+        chunk.logprobs = Logprobs(
+            output.new_logprobs.logprob_token_ids.tolist(),
+            output.new_logprobs.logprobs.tolist(),
+            output.new_logprobs.sampled_token_ranks.tolist(),
+        )
+    prompt = output.new_prompt_logprobs_tensors
+    if prompt is not None:
+        chunk.prompt_logprobs = Logprobs(
+            prompt.logprob_token_ids.tolist(), prompt.logprobs.tolist(), prompt.selected_token_ranks.tolist()
+        )
+    if output.prefill_stats is not None:
+        chunk.num_cached_tokens = output.prefill_stats.num_cached_tokens
+    return chunk
+
+
+def thread_binding() -> None:
+    """Give the CPU engine every core this process may use, unless the operator has chosen.
+
+    vLLM's `auto` binds each replica to the first core, and Ray sets OMP_NUM_THREADS to the actor's CPUs.
+    """
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)

@@ -1,0 +1,156 @@
+"""Settings to vLLM engine arguments: names, units, and what differs on CPU."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from xloom.protocol import XloomError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from xloom.settings import EngineSettings, ModelSettings
+
+logger = logging.getLogger(__name__)
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks, vLLM 0.32
+CPU_PAGE_MULTIPLE = 32  # tokens: what vLLM's CPU attention needs
+
+
+def engine_arguments(
+    model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int, device: str
+) -> dict[str, Any]:
+    """The keyword arguments of vLLM's `AsyncEngineArgs`; `device` is cpu or cuda. Raises `XloomError`."""
+    pages = engine.paged_attention
+    architecture, config = _architecture(model)
+    arguments: dict[str, Any] = {
+        "model": model.source,
+        "revision": model.revision,
+        "served_model_name": [model.served_name],
+        "trust_remote_code": False,
+        "dtype": _dtype(engine.dtype, device),
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "enable_prefix_caching": pages.enable_prefix_caching,
+        "enforce_eager": not engine.compile,
+        "enable_lora": True,
+        "max_loras": engine.max_adapters,
+        "max_cpu_loras": max(2 * engine.max_adapters, 16),
+        "max_lora_rank": _lora_rank(max_lora_rank),
+        # Only linears of the decoder: embeddings and the head would cost every request, adapted or not.
+        "lora_target_modules": _decoder_linears(config),
+    }
+    if xlora:
+        arguments["hf_overrides"] = {"architectures": [_xlora_architecture(architecture)]}
+        if engine.tensor_parallel_size > 1 and engine.extra_args.get("fully_sharded_loras"):
+            raise XloomError(
+                "unsupported_setting", "X-LoRA does not run with fully_sharded_loras.", "Leave it out of extra_args."
+            )
+    block_size = pages.block_size
+    if device == "cpu":
+        block_size = math.ceil(pages.block_size / CPU_PAGE_MULTIPLE) * CPU_PAGE_MULTIPLE
+        if block_size != pages.block_size:
+            logger.warning("block_size %d rounded up to %d: CPU attention needs it", pages.block_size, block_size)
+        num_pages = math.ceil(pages.max_blocks * pages.block_size / block_size)
+        # gpu_memory_utilization would reserve that share of the machine's memory on CPU: bytes instead.
+        arguments["num_gpu_blocks_override"] = num_pages
+        arguments["kv_cache_memory_bytes"] = num_pages * page_bytes(config, block_size, arguments["dtype"], xlora)
+    else:
+        arguments["gpu_memory_utilization"] = pages.gpu_memory_fraction
+        if "max_blocks" in pages.model_fields_set:  # the default is ADR-008's; a GPU is filled unless told otherwise
+            arguments["num_gpu_blocks_override"] = pages.max_blocks
+        if xlora:
+            # Full graphs would capture one pass; piecewise ones are replayed in both.
+            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    arguments["block_size"] = block_size
+    return arguments | engine.extra_args
+
+
+def page_bytes(config: Any, block_size: int, dtype: str, xlora: bool) -> int:
+    """Bytes of one KV page over all layers; X-LoRA keeps a second set of keys and values for its scaling pass."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = 4 if dtype == "float32" else 2
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * size * block_size * (2 if xlora else 1))
+
+
+def _architecture(model: ModelSettings) -> tuple[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model.source, revision=model.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise XloomError(
+            "model_not_loadable",
+            f"No model could be read from {model.source!r}: {error}",
+            "Name a local folder with config.json and safetensors, or a hub id.",
+        ) from error
+    names = getattr(config, "architectures", None) or ["unknown"]
+    return str(names[0]), config.get_text_config()
+
+
+def _xlora_architecture(architecture: str) -> str:
+    from xloom.xlora.vllm_plugin import ARCHITECTURES, XLORA_PREFIX
+
+    if architecture not in ARCHITECTURES:
+        raise XloomError(
+            "unsupported_architecture",
+            f"X-LoRA does not run on {architecture}; it runs on {', '.join(ARCHITECTURES)}.",
+            "Serve the adapters by name with engine.enable_xlora: false, or use one of these models.",
+        )
+    return XLORA_PREFIX + architecture
+
+
+def _dtype(wanted: str, device: str) -> str:
+    if wanted != "auto" or device != "cpu":
+        return wanted
+    import torch
+
+    # A CPU without bfloat16 arithmetic emulates it, slower than float32.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
+def _lora_rank(rank: int) -> int:
+    for allowed in LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise XloomError(
+        "rank_too_large", f"A stacked rank of {rank} is above vLLM's limit of {LORA_RANKS[-1]}.", "Blend fewer adapters."
+    )
+
+
+def _decoder_linears(config: Any) -> list[str]:
+    attention = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
+    if getattr(config, "num_local_experts", None):
+        return attention  # experts would need vLLM's fused MoE LoRA, which X-LoRA does not gate
+    return [*attention, "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
+
+
+def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int) -> VllmConfig:
+    """vLLM's whole configuration for one replica. Raises `XloomError` for arguments vLLM refuses."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    if device == "cpu":
+        from xloom.engines.vllm import thread_binding
+
+        thread_binding()
+    arguments = engine_arguments(model, engine, xlora=xlora, max_lora_rank=max_lora_rank, device=device)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        return AsyncEngineArgs(**arguments).create_engine_config()
+    except TypeError as error:
+        raise XloomError(
+            "unknown_engine_argument", f"vLLM refuses engine.extra_args: {error}", "See vLLM's engine arguments."
+        ) from error
+    except ValueError as error:
+        raise XloomError("invalid_engine_settings", f"vLLM refuses the settings: {error}", "Mend the settings.") from error

@@ -1,0 +1,41 @@
+"""How an adapter at one generation is named inside vLLM: one `LoRARequest` per `AdapterRef`, and back.
+
+vLLM keys adapters by `lora_int_id` and prefix-cache blocks by `lora_name` (vLLM 0.32,
+`vllm.v1.core.kv_cache_utils._gen_lora_extra_hash_keys`), so both include the generation: blocks that
+an older version filled are never reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from vllm.lora.request import LoRARequest
+
+from xloom.protocol import AdapterRef
+
+
+def adapter_key(ref: AdapterRef) -> str:
+    """name@generation, as replicas report it and vLLM is told."""
+    return f"{ref.name}@{ref.generation}"
+
+
+def adapter_id(ref: AdapterRef) -> int:
+    """A positive 31-bit number that any process derives alike."""
+    digest = hashlib.sha256(adapter_key(ref).encode()).digest()
+    return (int.from_bytes(digest[:4], "big") & 0x7FFFFFFF) or 1
+
+
+def lora_request(ref: AdapterRef, path: str | None = None) -> LoRARequest:
+    """vLLM's request object; without a path (in a router, which loads nothing) the kind stands in for it."""
+    return LoRARequest(lora_name=adapter_key(ref), lora_int_id=adapter_id(ref), lora_path=path or ref.kind)
+
+
+def adapter_ref(request: LoRARequest) -> AdapterRef:
+    """The reference a router's `lora_request` was made from."""
+    name, _, generation = request.lora_name.rpartition("@")
+    return AdapterRef(name, generation, request.lora_path)
+
+
+def plain_name(lora_name: str) -> str:
+    """The name a user knows."""
+    return lora_name.rpartition("@")[0] or lora_name

@@ -1,0 +1,135 @@
+"""The messages between router and replica, and the errors every room raises.
+
+Frames are msgpack, each behind a four-byte big-endian length. A router opens one connection to each
+replica; over it go submissions and aborts one way, and one `Step` for each engine step the other way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class XloomError(Exception):
+    """A user's or operator's mistake, or a failure they can act on: a stable code, what happened, the cure.
+
+    `status` is the HTTP status it has at the endpoint.
+    """
+
+    def __init__(self, code: str, message: str, cure: str = "", status: int = 400) -> None:
+        super().__init__(code, message, cure, status)
+        self.code, self.message, self.cure, self.status = code, message, cure, status
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.cure}".strip() + f" [{self.code}]"
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """What a request is served with: an adapter or bundle at one generation (its content hash)."""
+
+    name: str
+    generation: str  # hex digest of the prepared content, overrides included
+    kind: str  # "lora" or "xlora"
+
+
+class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One generation request, in tokens."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: dict[str, Any]  # vLLM SamplingParams field names, defaults left out
+    adapter: AdapterRef | None = None  # None: the base model
+    priority: int = 0
+    arrival_time: float = 0.0  # seconds since the epoch
+    cache_salt: str | None = None
+    extra: dict[str, Any] = {}  # engine-specific fields, passed through
+
+
+class Logprobs(msgspec.Struct, array_like=True, omit_defaults=True):
+    """Log-probabilities of some tokens: `[num_tokens, num_candidates]`, the sampled token first."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]  # rank of the sampled token, from 1
+
+
+class TokenChunk(msgspec.Struct, array_like=True, omit_defaults=True):
+    """The new tokens of one request in one engine step."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # stop, length, abort, error, repetition
+    stop_reason: int | str | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first chunk
+
+
+class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an engine reports: requests and KV pages in use now."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_pages_used: int = 0
+    kv_pages_total: int = 0
+    preemptions: int = 0  # since the engine started
+    adapters: list[str] = []  # resident, as name@generation
+
+    @property
+    def kv_occupancy(self) -> float:
+        """Share of KV pages in use, 0 to 1."""
+        return self.kv_pages_used / self.kv_pages_total if self.kv_pages_total else 0.0
+
+
+# Router to replica.
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """The first frame of a connection; the replica closes it when the token is wrong."""
+
+    token: str
+    router_id: str
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    request: TokenRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_ids: list[str]
+
+
+# Replica to router.
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    replica_id: str
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """The chunks of one engine step for all requests of one router."""
+
+    chunks: list[TokenChunk]
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The replica refuses or gave up one request; the others go on."""
+
+    request_id: str
+    code: str
+    message: str
+    cure: str = ""
+    status: int = 500
+    retryable: bool = False  # True: another replica may take it
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """Periodic state of the replica, for placement."""
+
+    stats: EngineStats
+    draining: bool = False
+
+
+RouterFrame = Hello | Submit | Abort
+ReplicaFrame = Welcome | Step | RequestFailed | Report

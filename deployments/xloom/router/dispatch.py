@@ -1,0 +1,228 @@
+"""Requests on their way: placed on a replica, waiting for one, or going on elsewhere after a loss."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from xloom.protocol import Abort, RequestFailed, Step, Submit, TokenChunk, TokenRequest, XloomError
+from xloom.router.directory import Directory, Discover, Link
+from xloom.router.placement import Candidate, choose
+from xloom.router.replay import replay
+
+logger = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 60.0  # how long a request waits for a first replica (a scale-up from zero takes this order)
+
+OnStep = Callable[[list[TokenChunk]], None]
+OnFailed = Callable[[str, XloomError], None]
+
+
+@dataclass(eq=False)
+class _Flight:
+    """One request, from its arrival to its end."""
+
+    request: TokenRequest  # as it arrived
+    tokens: list[int] = field(default_factory=list)  # emitted so far, over all attempts
+    attempts: int = 0  # replicas that have begun it
+    link: Link | None = None
+    wire_id: str = ""
+    refused_by: set[str] = field(default_factory=set)
+    refusal: XloomError | None = None
+    patience: asyncio.TimerHandle | None = None
+
+
+class Dispatcher:
+    """Sends token requests to replicas and hands their tokens back, step by step."""
+
+    def __init__(
+        self, discover: Discover, token: str, router_id: str, *, ready_timeout_s: float = READY_TIMEOUT_S
+    ) -> None:
+        self.directory = Directory(discover, token, router_id, self)
+        self.on_tokens: OnStep = lambda chunks: None
+        self.on_failed: OnFailed = lambda request_id, error: None
+        self.on_figures: Callable[[], None] = lambda: None  # a replica reported
+        self.on_starved: Callable[[], None] = lambda: None  # requests wait and there is no replica
+        self._ready_timeout_s = ready_timeout_s
+        self._flights: dict[str, _Flight] = {}
+        self._on_wire: dict[str, _Flight] = {}
+        self._waiting: dict[str, _Flight] = {}
+        self._turn = 0
+
+    def start(self) -> None:
+        """Begin to connect to replicas."""
+        self.directory.start()
+
+    async def close(self) -> None:
+        """Drop all connections; requests in flight fail with their replicas."""
+        for flight in list(self._flights.values()):
+            self._fail(flight, XloomError("router_closing", "The router is shutting down.", status=503))
+        await self.directory.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests between arrival and end."""
+        return len(self._flights)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica can take a request now."""
+        return any(not link.draining for link in self.directory.links)
+
+    def submit(self, request: TokenRequest) -> None:
+        """Take a request; its chunks or its failure come through the callbacks."""
+        flight = _Flight(request)
+        self._flights[request.request_id] = flight
+        self._place(flight)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Forget requests and free what they hold; unknown ids are ignored."""
+        by_link: dict[Link, list[str]] = {}
+        for request_id in request_ids:
+            flight = self._flights.get(request_id)
+            if flight is None:
+                continue
+            if flight.link is not None:
+                by_link.setdefault(flight.link, []).append(flight.wire_id)
+            self._drop(flight)
+        for link, wire_ids in by_link.items():
+            link.send(Abort(wire_ids))
+
+    # Placement.
+
+    def _place(self, flight: _Flight) -> None:
+        try:
+            request = replay(flight.request, flight.tokens, flight.attempts)
+        except XloomError as error:
+            self._fail(flight, error)
+            return
+        adapter = flight.request.adapter
+        key = f"{adapter.name}@{adapter.generation}" if adapter else None
+        links = {link.info.replica_id: link for link in self.directory.links}
+        candidates = [
+            Candidate(
+                replica_id,
+                link.stats,
+                len(link.own),
+                link.own_at_report,
+                link.draining,
+                key is None or key in link.stats.adapters,
+            )
+            for replica_id, link in links.items()
+            if replica_id not in flight.refused_by
+        ]
+        self._turn += 1
+        chosen = choose(candidates, self._turn)
+        if chosen is None:
+            self._wait(flight)
+            return
+        link = links[chosen]
+        self._stop_waiting(flight)
+        flight.link = link
+        flight.wire_id = f"{request.request_id}#{self._turn}" if flight.attempts else request.request_id
+        flight.attempts += 1
+        self._on_wire[flight.wire_id] = flight
+        link.own.add(flight.wire_id)
+        if flight.wire_id != request.request_id:
+            request = msgspec.structs.replace(request, request_id=flight.wire_id)
+        link.send(Submit(request))
+
+    def _wait(self, flight: _Flight) -> None:
+        """No replica may take it now: wait for one, for so long."""
+        if flight.refusal is not None and self.is_ready:
+            self._fail(flight, flight.refusal)  # all that are there have refused it for good
+            return
+        if flight.patience is None:
+            loop = asyncio.get_running_loop()
+            flight.patience = loop.call_later(self._ready_timeout_s, self._give_up, flight)
+        self._waiting[flight.request.request_id] = flight
+        if not self.directory.links:
+            self.on_starved()
+
+    def _stop_waiting(self, flight: _Flight) -> None:
+        self._waiting.pop(flight.request.request_id, None)
+        if flight.patience is not None:
+            flight.patience.cancel()
+            flight.patience = None
+
+    def _give_up(self, flight: _Flight) -> None:
+        message = f"No replica was ready within {self._ready_timeout_s:g} s."
+        cure = "See `xloom status`; raise replicas.min to keep one warm."
+        self._fail(flight, XloomError("no_replica_ready", message, cure, 503))
+
+    # Ends.
+
+    def _land(self, flight: _Flight) -> None:
+        """It is on no replica any more."""
+        if flight.link is not None:
+            flight.link.own.discard(flight.wire_id)
+            self._on_wire.pop(flight.wire_id, None)
+            flight.link = None
+
+    def _drop(self, flight: _Flight) -> None:
+        self._land(flight)
+        self._stop_waiting(flight)
+        self._flights.pop(flight.request.request_id, None)
+
+    def _fail(self, flight: _Flight, error: XloomError) -> None:
+        self._drop(flight)
+        self.on_failed(flight.request.request_id, error)
+
+    # What happens on the connections.
+
+    def on_ready(self, link: Link) -> None:
+        for flight in list(self._waiting.values()):
+            self._place(flight)
+
+    def on_step(self, link: Link, step: Step) -> None:
+        """The hot path: one engine step's chunks."""
+        chunks = []
+        for chunk in step.chunks:
+            flight = self._on_wire.get(chunk.request_id)
+            if flight is None:
+                continue  # aborted, or an attempt that was given up
+            flight.tokens.extend(chunk.token_ids)
+            chunk.request_id = flight.request.request_id
+            if chunk.finish_reason is not None:
+                self._drop(flight)
+            chunks.append(chunk)
+        if chunks:
+            self.on_tokens(chunks)
+
+    def on_refused(self, link: Link, failure: RequestFailed) -> None:
+        flight = self._on_wire.get(failure.request_id)
+        if flight is None:
+            return
+        error = XloomError(failure.code, failure.message, failure.cure, failure.status)
+        if not failure.retryable:
+            self._fail(flight, error)
+            return
+        logger.info("request %s goes on elsewhere: %s", flight.request.request_id, failure.code)
+        flight.refused_by.add(link.info.replica_id)
+        if failure.code == "replica_draining":
+            link.draining = True
+            flight.attempts -= 1  # it was never begun there
+        elif failure.code != "engine_dead":
+            flight.attempts -= 1
+            flight.refusal = error
+        self._land(flight)
+        self._place(flight)
+
+    def on_report(self, link: Link) -> None:
+        if self._waiting and not link.draining:
+            self.on_ready(link)
+        self.on_figures()
+
+    def on_lost(self, link: Link) -> None:
+        lost = [self._on_wire[wire_id] for wire_id in list(link.own)]
+        if lost:
+            logger.warning("replica %s was lost with %d requests", link.info.replica_id, len(lost))
+        for flight in lost:
+            self._land(flight)
+        for flight in lost:
+            self._place(flight)
+        self.on_figures()

@@ -1,0 +1,229 @@
+"""The typed settings of a deployment, and their one validation. No other file reads settings from the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from xloom.protocol import XloomError
+
+SAMPLE = Path(__file__).parent / "sample"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # no path parts, by construction
+
+MixingMode = Literal["additive", "concatenate", "gated"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(_Section):
+    """The base model."""
+
+    source: str = str(SAMPLE / "base")  # local folder or hub id
+    served_name: str = Field("base", pattern=NAME_PATTERN)
+    revision: str | None = None
+
+
+class PagedAttentionSettings(_Section):
+    """KV pages; the names and defaults of ADR-008's `PagedAttentionConfig`."""
+
+    block_size: int = Field(16, ge=1)  # tokens in a page
+    max_blocks: int = Field(4096, ge=2)  # pages
+    gpu_memory_fraction: float = Field(0.9, gt=0, le=1)
+    enable_prefix_caching: bool = True
+
+
+class EngineSettings(_Section):
+    """One replica's engine."""
+
+    backend: str = "auto"  # auto, vllm, transformers, mistralrs, or a registered third party
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_model_len: int = Field(2048, ge=1)  # tokens
+    max_num_seqs: int = Field(128, ge=1)
+    paged_attention: PagedAttentionSettings = PagedAttentionSettings()
+    tensor_parallel_size: int = Field(1, ge=1)
+    compile: bool = True  # False: eager mode
+    enable_xlora: Literal["auto"] | bool = "auto"  # auto: when a bundle is configured
+    max_adapters: int = Field(8, ge=1)  # resident adapters and bundles a replica; others wait in host memory
+    max_lora_rank: Literal["auto"] | int = "auto"  # a bundle's rank is the sum of its adapters' ranks
+    extra_args: dict[str, Any] = {}  # any other engine argument, passed through
+
+
+class AdapterSettings(_Section):
+    """A LoRA adapter to serve under its name."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    source: str  # local folder, hub id, or fsspec URL
+
+
+class XLoraSettings(AdapterSettings):
+    """An X-LoRA bundle; what is set here overrides what the bundle says."""
+
+    top_k: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, gt=0)
+    mixing_mode: MixingMode | None = None  # None: the bundle's own, else additive
+
+
+class ReplicaSettings(_Section):
+    """How many engine replicas, what each gets, and what makes them scale."""
+
+    min: int = Field(1, ge=0)
+    max: int = Field(1, ge=1)
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)  # per replica; 0 on CPU
+    cpu_cores: list[str] | None = None  # core lists such as "0-3", one a replica slot; None: chosen by xloom
+    target_queue_depth: float = Field(8, gt=0)  # waiting requests a replica
+    target_kv_occupancy: float = Field(0.8, gt=0, le=1)
+    upscale_delay_s: float = Field(5, ge=0)
+    downscale_delay_s: float = Field(60, ge=0)
+    drain_timeout_s: float = Field(60, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicaSettings:
+        if self.max < self.min:
+            raise ValueError(f"replicas.max ({self.max}) must not be below replicas.min ({self.min})")
+        return self
+
+
+class RouterSettings(_Section):
+    """The HTTP endpoint."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    replicas: int = Field(1, ge=1)
+    api_key: SecretStr | None = None  # or XLOOM_API_KEY
+    admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; guards the adapter routes
+
+
+class StoreSettings(_Section):
+    """The adapter store's folders."""
+
+    path: str = "~/.cache/xloom/store"  # manifest and prepared adapters; must outlive the actor
+    cache: str = "~/.cache/xloom/nodes"  # node-local copies
+    max_rank: int = Field(256, ge=1, le=512)  # of one adapter, or of a bundle's sum
+
+
+class Settings(_Section):
+    """A deployment."""
+
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    adapters: list[AdapterSettings] = []
+    xlora: list[XLoraSettings] = []
+    replicas: ReplicaSettings = ReplicaSettings()
+    router: RouterSettings = RouterSettings()
+    store: StoreSettings = StoreSettings()
+
+    @field_validator("xlora", "adapters")
+    @classmethod
+    def _unique(cls, entries: list[Any]) -> list[Any]:
+        names = [entry.name for entry in entries]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the name {name!r} is used {names.count(name)} times")
+        return entries
+
+    @model_validator(mode="after")
+    def _names_apart(self) -> Settings:
+        seen = {self.model.served_name: "the base model"}
+        for entry in [*self.adapters, *self.xlora]:
+            if entry.name in seen:
+                raise ValueError(f"the name {entry.name!r} is already that of {seen[entry.name]}")
+            seen[entry.name] = "an adapter"
+        return self
+
+    @property
+    def xlora_enabled(self) -> bool:
+        """Whether the engine is started ready for X-LoRA bundles."""
+        return bool(self.xlora) if self.engine.enable_xlora == "auto" else self.engine.enable_xlora
+
+
+def _known_keys(model: type[BaseModel]) -> list[str]:
+    return list(model.model_fields)
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Settings
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation: Any = section.model_fields[part].annotation
+        arguments = getattr(annotation, "__args__", ())
+        section = arguments[0] if arguments else annotation
+    return section
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for detail in error.errors():
+        location = detail["loc"]
+        path = ".".join(str(part) for part in location)
+        if detail["type"] == "extra_forbidden":
+            known = _known_keys(_section_at(location[:-1]))
+            nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+            lines.append(f"unknown key {path!r}; did you mean {nearest[0]!r}? Known keys there: {', '.join(known)}.")
+        else:
+            lines.append(f"{path or 'settings'}: {detail['msg'].removeprefix('Value error, ')}.")
+    return " ".join(lines)
+
+
+def parse_settings(data: dict[str, Any]) -> Settings:
+    """Validate settings given as plain data. Raises `XloomError` (invalid_settings) naming each wrong key."""
+    try:
+        settings = Settings.model_validate(data)
+    except ValidationError as error:
+        raise XloomError("invalid_settings", _explain(error), "Mend the settings file and start again.") from None
+    keys = {
+        "api_key": settings.router.api_key or _secret("XLOOM_API_KEY"),
+        "admin_key": settings.router.admin_key or _secret("XLOOM_ADMIN_KEY"),
+    }
+    return settings.model_copy(update={"router": settings.router.model_copy(update=keys)})
+
+
+def _secret(variable: str) -> SecretStr | None:
+    value = os.environ.get(variable)
+    return SecretStr(value) if value else None
+
+
+def client_admin_key() -> str | None:
+    """The admin key in a command-line client's own environment (XLOOM_ADMIN_KEY)."""
+    secret = _secret("XLOOM_ADMIN_KEY")
+    return secret.get_secret_value() if secret else None
+
+
+def load_settings(path: Path | None) -> Settings:
+    """Read a YAML settings file, or the sample's own when `path` is None. Raises `XloomError`."""
+    file = path or SAMPLE / "settings.yaml"
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise XloomError("settings_not_found", f"There is no settings file {file}.", "Name an existing file.") from None
+    except yaml.YAMLError as error:
+        raise XloomError("invalid_settings", f"{file} is not YAML: {error}", "Mend the file.") from None
+    if not isinstance(data, dict):
+        raise XloomError("invalid_settings", f"{file} must hold a mapping of settings.", "See docs/settings.md.")
+    return parse_settings(_absolute_sources(data, file.parent))
+
+
+def _absolute_sources(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Resolve relative local sources against the settings file's own folder."""
+
+    def resolve(entry: Any) -> Any:
+        source = entry.get("source") if isinstance(entry, dict) else None
+        if isinstance(source, str) and source.startswith("."):
+            return entry | {"source": str((folder / source).resolve())}
+        return entry
+
+    resolved = dict(data)
+    if "model" in data:
+        resolved["model"] = resolve(data["model"])
+    for key in ("adapters", "xlora"):
+        if isinstance(data.get(key), list):
+            resolved[key] = [resolve(entry) for entry in data[key]]
+    return resolved

@@ -1,0 +1,1 @@
+"""X-LoRA in plain torch: bundle formats, the prepared format, routing, mixing. Imports neither vLLM nor Ray."""

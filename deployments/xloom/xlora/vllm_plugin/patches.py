@@ -1,0 +1,86 @@
+"""The places where vLLM 0.32 has no hook and is patched: each names the symbol and says why."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xloom.xlora.routing import Routing
+
+_applied = False
+
+
+def apply() -> None:
+    """Patch this process once."""
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.platforms import current_platform
+
+    _patch_punica(current_platform)
+    # A LoRA manager's own punica wrapper does not know it, and ours reads slots, ranks and routing from it.
+    LoRAModelManager.__init__ = _then(LoRAModelManager.__init__, _attach)
+    # A bundle is loaded by vLLM as the LoRA adapter it is stacked into; its routing comes along.
+    WorkerLoRAManager._load_adapter = _with_routing(WorkerLoRAManager._load_adapter)
+
+
+def _patch_punica(platform: Any) -> None:
+    if platform.is_cpu():
+        # CpuPlatform.get_punica_wrapper names the class that every LoRA linear calls.
+        type(platform).get_punica_wrapper = classmethod(
+            lambda cls: "xloom.xlora.vllm_plugin.punica_cpu.GatedPunicaCPU"
+        )
+        # CpuPlatform.check_and_update_config turns compilation off when LoRA is on, because vLLM's own CPU
+        # LoRA kernels can't be traced; ours is one opaque operator.
+        original = type(platform).check_and_update_config.__func__
+        type(platform).check_and_update_config = classmethod(_compiled_with_lora(original))
+    elif platform.is_cuda_alike():
+        type(platform).get_punica_wrapper = classmethod(
+            lambda cls: "xloom.xlora.vllm_plugin.punica_gpu.GatedPunicaGPU"
+        )
+
+
+def _compiled_with_lora(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    @functools.wraps(original)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        lora, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            original(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora
+
+    return check_and_update_config
+
+
+def _then(original: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        after(self)
+
+    return patched
+
+
+def _attach(manager: Any) -> None:
+    for wrapper in manager.punica_wrapper_mapping.values():
+        if hasattr(wrapper, "attach"):
+            wrapper.attach(manager)
+
+
+def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self: Any, lora_request: Any) -> Any:
+        model = original(self, lora_request)
+        folder = Path(lora_request.lora_path)
+        if (folder / "xlora.json").is_file():
+            from xloom.xlora.vllm_plugin.gates import SlotRouting
+
+            model.xloom_routing = SlotRouting(Routing.load(folder).to(self.device))
+        return model
+
+    return load_adapter
