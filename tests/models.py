@@ -96,7 +96,7 @@ def tiny_model(
         "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     }
     kind = {"gemma3": "gemma3_text"}.get(architecture, architecture)
-    if architecture == "phi3":  # its head size is always hidden / heads
+    if architecture in ("phi3", "qwen2"):  # their head size is always hidden / heads
         common |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = AutoConfig.for_model(kind, **common, **special.get(architecture, {}))
     torch.manual_seed(seed)

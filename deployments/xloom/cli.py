@@ -18,7 +18,7 @@ from xloom.commands.endpoint import DEFAULT_URL, Endpoint
 from xloom.commands.serve import serve
 from xloom.commands.status import show_status
 from xloom.protocol import XloomError
-from xloom.settings import client_admin_key
+from xloom.settings import client_key
 
 FAILED = 2  # also argparse's own exit code for a wrong command line
 INTERRUPTED = 130
@@ -61,7 +61,7 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 
 def _endpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=DEFAULT_URL, help=f"the endpoint (default: {DEFAULT_URL})")
-    parser.add_argument("--admin-key", help="its admin key, where it has one (default: XLOOM_ADMIN_KEY)")
+    parser.add_argument("--admin-key", help="its key, where it has one (default: XLOOM_ADMIN_KEY, else XLOOM_API_KEY)")
     _json_option(parser)
 
 
@@ -126,7 +126,7 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
-    return Endpoint(arguments.url, arguments.admin_key or client_admin_key())
+    return Endpoint(arguments.url, arguments.admin_key or client_key())
 
 
 def _run_add(arguments: argparse.Namespace, console: Console) -> int:

@@ -99,6 +99,7 @@ class RouterSettings(_Section):
     replicas: int = Field(1, ge=1)
     api_key: SecretStr | None = None  # or XLOOM_API_KEY
     admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; guards the adapter routes
+    front_end_args: dict[str, Any] = {}  # options of vLLM's OpenAI front end: chat_template, tool_call_parser, ...
 
 
 class StoreSettings(_Section):
@@ -191,9 +192,9 @@ def _secret(variable: str) -> SecretStr | None:
     return SecretStr(value) if value else None
 
 
-def client_admin_key() -> str | None:
-    """The admin key in a command-line client's own environment (XLOOM_ADMIN_KEY)."""
-    secret = _secret("XLOOM_ADMIN_KEY")
+def client_key() -> str | None:
+    """The key in a command-line client's own environment: XLOOM_ADMIN_KEY, else XLOOM_API_KEY."""
+    secret = _secret("XLOOM_ADMIN_KEY") or _secret("XLOOM_API_KEY")
     return secret.get_secret_value() if secret else None
 
 

@@ -146,7 +146,7 @@ class NodeCache:
     async def _lock(self, generation: str, purpose: str, kind: int) -> int:
         """A descriptor that holds a lock of the generation. Polls, so that no thread is kept waiting."""
         # Other processes hold these locks: there is no event of ours to wait for.
-        while (descriptor := self._try_lock(generation, purpose, kind)) is None:  # noqa: ASYNC110
+        while (descriptor := self._try_lock(generation, purpose, kind)) is None:
             await asyncio.sleep(_LOCK_POLL_S)
         return descriptor
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
@@ -26,7 +27,9 @@ from xloom.adapters.manifest import (
 )
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
 from xloom.protocol import XloomError
-from xloom.xlora.prepare import Prepared, prepare_bundle, prepare_lora
+
+if TYPE_CHECKING:
+    from xloom.xlora.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +140,9 @@ class AdapterCatalog:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _prepare(self, source: str, fetched: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
+        # Imported here: without torch a store that has crashed is back in half the time.
+        from xloom.xlora.prepare import prepare_bundle, prepare_lora
+
         base = base_shape(*self._base)
         if kind == "lora":
             return prepare_lora(fetched, base.modules, out, max_rank=self._max_rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from xloom.protocol import XloomError
+
+logger = logging.getLogger(__name__)
 
 ALLOWED_SUFFIXES = (".json", ".safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -186,24 +189,23 @@ def fetch_hub(address: str, into: Path, limits: Limits) -> None:
 
     name, _, revision = address.removeprefix("hf://").partition("@")
     wanted: str | None = revision or None
+    missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     try:
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=wanted, files_metadata=True)
             select({item.rfilename: item.size or 0 for item in info.siblings or []}, address, limits)
             wanted = info.sha
-        except errors.HfHubHTTPError as error:
-            if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
-                raise
-            # No listing (offline, or the hub is down): whatever the local cache has is used below.
-        except (errors.OfflineModeIsEnabled, OSError):
-            pass
+        except (XloomError, *missing):
+            raise
+        except Exception:  # offline, or the hub is down: the local cache may have it
+            logger.info("the hub did not list %s: its local cache is tried", name, exc_info=True)
         patterns = [f"*{suffix}" for suffix in ALLOWED_SUFFIXES]
         snapshot = Path(huggingface_hub.snapshot_download(name, revision=wanted, allow_patterns=patterns))
-    except errors.GatedRepoError as error:
-        raise _unreachable(address, error) from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+    except (XloomError, errors.GatedRepoError) as error:  # a gated repository counts as missing upstream
+        raise error if isinstance(error, XloomError) else _unreachable(address, error) from None
+    except missing:
         raise _not_found(address, "the hub has no such repository or revision, or the token may not read it") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # the hub's, the HTTP client's and the disk's
         raise _unreachable(address, error) from None
     # A snapshot is made of links into the repository's blobs, two folders up: these are followed.
     blobs = snapshot.parent.parent.resolve()

@@ -7,12 +7,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 from xloom.adapters.manifest import Overrides
 from xloom.protocol import XloomError
 from xloom.settings import NAME_PATTERN
-from xloom.xlora.bundle import is_bundle
-from xloom.xlora.modules import linear_modules
+
+# xloom.xlora and transformers are imported where they are used: a store that only hands out needs no torch.
+_IMPORTING = Lock()  # transformers' lazy module fails when two threads first import from it at once (5.19)
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,16 @@ class BaseShape:
     hidden_size: int
 
 
-@lru_cache(maxsize=4)
 def base_shape(source: str, revision: str | None = None) -> BaseShape:
     """The shape of a base model, from its configuration alone. Raises `XloomError` (unreadable_model)."""
+    with _IMPORTING:
+        return _base_shape(source, revision)
+
+
+@lru_cache(maxsize=4)
+def _base_shape(source: str, revision: str | None) -> BaseShape:
+    from xloom.xlora.modules import linear_modules
+
     modules = linear_modules(source, revision)
     from transformers import AutoConfig  # readable: linear_modules has just read it
 
@@ -47,6 +56,8 @@ def check_name(name: str, reserved: Collection[str]) -> None:
 
 def detect_kind(folder: Path, source: str, wanted: str | None) -> str:
     """What a folder is, "xlora" or "lora". Raises `XloomError` (wrong_kind) when `wanted` is the other."""
+    from xloom.xlora.bundle import is_bundle
+
     found = "xlora" if is_bundle(folder) else "lora"
     if wanted not in (None, "lora", "xlora"):
         raise XloomError("wrong_kind", f"There is no adapter kind {wanted!r}.", "Kinds are lora and xlora.")

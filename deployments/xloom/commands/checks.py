@@ -23,6 +23,7 @@ MIN_DISK_BYTES = 2 * GIB
 MIN_SHARED_MEMORY_BYTES = GIB // 2
 PYTHONS = ((3, 11), (3, 13))
 NEEDED = ("torch", "ray", "peft", "transformers")
+NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # without these, `dtype: auto` is float32 on CPU
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 Level = Literal["ok", "warn", "fail"]
@@ -111,7 +112,7 @@ def check_cpu(flags: set[str], machine: str, cores: int) -> Finding:
     return Finding("cpu", "ok", detail)
 
 
-def memory_needed(settings: Settings) -> int:
+def memory_needed(settings: Settings, flags: set[str]) -> int:
     """Bytes that serving these settings on CPU takes: processes, and weights and KV pages of a local model.
 
     A hub model that is not on this machine counts as nothing.
@@ -119,10 +120,10 @@ def memory_needed(settings: Settings) -> int:
     folder = Path(settings.model.source).expanduser()
     replicas = max(settings.replicas.min, 1)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return PROCESSES_BYTES + replicas * (weights + kv_bytes(folder, settings))
+    return PROCESSES_BYTES + replicas * (weights + kv_bytes(folder, settings, flags))
 
 
-def kv_bytes(folder: Path, settings: Settings) -> int:
+def kv_bytes(folder: Path, settings: Settings, flags: set[str]) -> int:
     """Bytes of one replica's KV pages: keys and values of every layer; twice that when X-LoRA keeps twin pages."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -131,10 +132,9 @@ def kv_bytes(folder: Path, settings: Settings) -> int:
         kv_heads = int(config.get("num_key_value_heads") or heads)
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    dtype = settings.engine.dtype
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "") if dtype == "auto" else dtype
-    pages = settings.engine.paged_attention
-    token = 2 * layers * kv_heads * head_dim * (4 if stored == "float32" else 2)
+    dtype, pages = settings.engine.dtype, settings.engine.paged_attention
+    wide = dtype == "float32" or (dtype == "auto" and not flags & NATIVE_BFLOAT16)
+    token = 2 * layers * kv_heads * head_dim * (4 if wide else 2)
     return token * pages.block_size * pages.max_blocks * (2 if settings.xlora_enabled else 1)
 
 

@@ -22,14 +22,15 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 def examine(settings: Settings) -> list[Finding]:
     """All findings about this machine, for these settings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    flags = checks.cpu_flags()
     store = Path(settings.store.path).expanduser()
     findings: list[Finding | None] = [
         checks.check_python(),
         *checks.check_packages(checks.installed_versions()),
         *checks.check_backends(importlib.metadata.entry_points(group="xloom.backends")),
-        checks.check_cpu(checks.cpu_flags(), platform.machine(), cores),
+        checks.check_cpu(flags, platform.machine(), cores),
         checks.check_devices(),
-        checks.check_memory(checks.free_memory(), checks.memory_needed(settings)),
+        checks.check_memory(checks.free_memory(), checks.memory_needed(settings, flags)),
         checks.check_shared_memory(),
         checks.check_disk(store),
         *checks.check_compiler(settings.engine.compile),

@@ -45,6 +45,8 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(error.code, path, error.read()) from None
+        except (ValueError, http.client.InvalidURL) as error:
+            raise XloomError("invalid_url", f"{self.url} is not a URL: {error}.", "Give http://host:port.") from None
         except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", None) or error
             raise XloomError(
@@ -53,8 +55,6 @@ class Endpoint:
                 "Start it with `xloom serve`, or name another with --url.",
                 503,
             ) from None
-        except ValueError as error:
-            raise XloomError("invalid_url", f"{self.url} is not a URL: {error}.", "Give http://host:port.") from None
 
 
 def _parse(content: bytes) -> Any:

@@ -121,6 +121,9 @@ class VLLMBackend(LLMBackend):
             raise XloomError("engine_dead", f"The engine has died: {error}", "See the replica's log.", 503) from error
 
     def _take_stats(self, outputs: EngineCoreOutputs) -> None:
+        for output in outputs.outputs:
+            # EngineCoreEventType.PREEMPTED events come with the request's next output; vLLM 0.32.
+            self._preemptions += sum(event.type.name == "PREEMPTED" for event in output.events or ())
         scheduler = outputs.scheduler_stats
         if scheduler is None:
             return
@@ -130,6 +133,7 @@ class VLLMBackend(LLMBackend):
             waiting=scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs,
             kv_pages_used=round(scheduler.kv_cache_usage * self._num_pages),
             kv_pages_total=self._num_pages,
+            preemptions=self._preemptions,
             adapters=[f"{ref.name}@{ref.generation}" for ref in self._adapters],
         )
 

@@ -46,10 +46,7 @@ def engine_arguments(
     }
     if xlora:
         arguments["hf_overrides"] = {"architectures": [_xlora_architecture(architecture)]}
-        if engine.tensor_parallel_size > 1 and engine.extra_args.get("fully_sharded_loras"):
-            raise XloomError(
-                "unsupported_setting", "X-LoRA does not run with fully_sharded_loras.", "Leave it out of extra_args."
-            )
+        _refuse_with_xlora(engine.extra_args)
     block_size = pages.block_size
     if device == "cpu":
         block_size = math.ceil(pages.block_size / CPU_PAGE_MULTIPLE) * CPU_PAGE_MULTIPLE
@@ -92,6 +89,21 @@ def _architecture(model: ModelSettings) -> tuple[str, Any]:
         ) from error
     names = getattr(config, "architectures", None) or ["unknown"]
     return str(names[0]), config.get_text_config()
+
+
+def _refuse_with_xlora(extra_args: dict[str, Any]) -> None:
+    """Raise `XloomError` for engine arguments under which the two passes or the gates would be wrong."""
+    refused = {
+        "fully_sharded_loras": bool(extra_args.get("fully_sharded_loras")),  # splits the rank axis the gates lie on
+        "pipeline_parallel_size": int(extra_args.get("pipeline_parallel_size", 1)) > 1,  # routing needs the last stage
+        "speculative_config": bool(extra_args.get("speculative_config")),
+        "enable_dbo": bool(extra_args.get("enable_dbo")),
+    }
+    for name, wrong in refused.items():
+        if wrong:
+            raise XloomError(
+                "unsupported_setting", f"X-LoRA does not run with {name}.", f"Leave {name} out of engine.extra_args."
+            )
 
 
 def _xlora_architecture(architecture: str) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -136,18 +137,37 @@ class Trainer:
             self.bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def train_base(streams: dict[str, torch.Tensor], out: Path, steps: int, checkpoint: Path) -> None:
-    """Train the base on all domains; the last tenth of the steps on rows of `MAX_POSITIONS` tokens."""
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the base's training, with an optimiser of its own."""
+
+    steps: int
+    schedule: int  # steps the learning rate is planned over; the phase may end before
+    peak: float
+    long_share: float  # last share of the steps that runs on rows of `MAX_POSITIONS` tokens
+
+
+# 1,000 steps at a high rate, then down to nothing on short and long rows: 5.3 million tokens in all.
+BASE_PHASES = (Phase(1000, 1800, 3e-3, 0.0), Phase(300, 300, 1.5e-3, 0.3))
+
+
+def train_base(streams: dict[str, torch.Tensor], out: Path, checkpoints: Path) -> None:
+    """Train the base on all domains; a phase whose checkpoint exists is skipped."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(base_config())
-    trainer = Trainer(model, steps, 3e-3, "base")
-    short = batches(streams, BASE_MIX, tokens=4096, length=512, seed=1)
-    long = batches(streams, BASE_MIX, tokens=4096, length=MAX_POSITIONS, seed=2)
-    for step in range(steps):
-        rows, _ = next(short if step < steps * 0.9 else long)
-        trainer.step(model(rows, labels=rows).loss)
-        if trainer.done % 500 == 0:
-            model.save_pretrained(checkpoint)
+    for number, phase in enumerate(BASE_PHASES):
+        checkpoint = checkpoints / f"phase-{number}"
+        if checkpoint.exists():
+            model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+            continue
+        model.train()
+        trainer = Trainer(model, phase.schedule, phase.peak, f"base, phase {number + 1}")
+        short = batches(streams, BASE_MIX, tokens=4096, length=512, seed=2 * number + 1)
+        long = batches(streams, BASE_MIX, tokens=4096, length=MAX_POSITIONS, seed=2 * number + 2)
+        for step in range(phase.steps):
+            rows, _ = next(short if step < phase.steps * (1 - phase.long_share) else long)
+            trainer.step(model(rows, labels=rows).loss)
+        model.save_pretrained(checkpoint)
     model.to(torch.bfloat16).save_pretrained(out)
 
 
@@ -247,8 +267,7 @@ def main() -> None:
         epilog="example: python -m xloom.sample.train --out /tmp/sample --threads 2",
     )
     parser.add_argument("--out", type=Path, default=here, help="folder for base/, adapters/ and blend/ (default: %(default)s)")
-    parser.add_argument("--base-steps", type=int, default=1800, help="steps of 4,096 tokens for the base (%(default)s)")
-    parser.add_argument("--adapter-steps", type=int, default=160, help="steps for each adapter (%(default)s)")
+    parser.add_argument("--adapter-steps", type=int, default=140, help="steps for each adapter (%(default)s)")
     parser.add_argument("--xlora-steps", type=int, default=120, help="steps for the classifier (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     arguments = parser.parse_args()
@@ -261,7 +280,7 @@ def main() -> None:
     streams = token_streams(corpus, PreTrainedTokenizerFast.from_pretrained(base), held_out=False)
     print({domain: len(stream) for domain, stream in streams.items()}, "training tokens", flush=True)
     if not (base / "model.safetensors").exists():
-        train_base(streams, base, arguments.base_steps, out / "checkpoint")
+        train_base(streams, base, out / "checkpoints")
     for domain in DOMAINS:
         if not (out / "adapters" / domain / "adapter_model.safetensors").exists():
             train_adapter(streams, base, out / "adapters" / domain, domain, arguments.adapter_steps)

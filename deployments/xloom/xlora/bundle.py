@@ -151,7 +151,8 @@ def _listed_adapters(folder: Path, config: Mapping[str, Any]) -> list[tuple[str,
 
 def _adapter_folder(folder: Path, number: int, name: str, path: str | None, root: Path | None) -> Path:
     bundle = folder.resolve()
-    inside = [bundle / str(number), bundle / "adapters" / name, bundle / name]
+    place = name if name.isdigit() else str(number)
+    inside = [bundle / place, bundle / "adapters" / name, bundle / name]
     if path is not None:
         written = Path(path)
         found = (written if written.is_absolute() else bundle / written).resolve()
@@ -165,11 +166,10 @@ def _adapter_folder(folder: Path, number: int, name: str, path: str | None, root
     for candidate in inside:
         if (candidate / "adapter_config.json").is_file() and candidate.resolve().is_relative_to(bundle):
             return candidate
-    place = repr(path) if path is not None else f"a sub-folder {number!s}"
     raise XloomError(
         "broken_bundle",
-        f"{folder}: the folder of adapter {name!r} is missing ({place}).",
-        f"Put the adapter into the bundle as sub-folder {number}, or mend its path in the configuration.",
+        f"{folder}: the folder of adapter {name!r} is missing ({path or place}).",
+        f"Put the adapter into the bundle as sub-folder {place}, or mend its path in the configuration.",
     )
 
 

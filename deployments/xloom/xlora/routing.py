@@ -79,7 +79,7 @@ class Routing:
         hidden = hidden.float()
         for number, (weight, bias) in enumerate(self.layers):
             hidden = linear(torch.relu(hidden) if number else hidden, weight, bias)
-        return hidden.view(hidden.shape[0], -1, self.num_adapters)
+        return hidden.view(-1, len(self.modules) if self.layerwise_scalings else 1, self.num_adapters)
 
     def gates(self, hidden: Tensor) -> Tensor:
         """The gates `[num_tokens, M, K]`, float32, of tokens with last hidden states `hidden` `[num_tokens, hidden]`.

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
-from xloom.adapters import catalog as catalog_module
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import Overrides, generation_of
 from xloom.adapters.sources import Limits
@@ -103,10 +104,10 @@ def test_a_bundle_may_not_reach_further(open_catalog: Open, base: Path, tmp_path
     blend = tiny_bundle(tmp_path / "source" / "blend", base)
     config = json.loads((blend / "adapter_config.json").read_text())
     shutil.rmtree(blend / "0")
-    for path, code in (("../../secret", "unsafe_path"), ("../../prepared/x", "unsafe_path"), ("0/../../..", "unsafe_path")):
+    for path in ("../../secret", "../../prepared/x", "0/../../.."):
         config["adapters"]["0"] = path
         (blend / "adapter_config.json").write_text(json.dumps(config))
-        assert refused(open_catalog(), "blend", blend).code == code
+        assert refused(open_catalog(), "blend", blend).code == "unsafe_path"
 
 
 def test_a_remote_bundle_may_not_name_local_folders(open_catalog: Open, base: Path, lora: Path, tmp_path: Path) -> None:
@@ -285,5 +286,7 @@ def test_an_unreadable_base_model_is_an_error_of_its_own(tmp_path: Path, lora: P
     assert refused(catalog, "code", lora).code == "unreadable_model"
 
 
-def test_module_is_free_of_ray_and_vllm() -> None:
-    assert not {"ray", "vllm"} & set(vars(catalog_module))
+def test_the_catalog_imports_without_ray_vllm_or_torch() -> None:
+    check = "import sys, xloom.adapters.catalog; print(sorted({'ray', 'vllm', 'torch'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

@@ -5,8 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
+import httpx
 import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from xloom.adapters import sources
 from xloom.protocol import XloomError
@@ -161,6 +163,30 @@ def test_a_hub_repository_is_copied_from_its_snapshot(tmp_path: Path, monkeypatc
     assert names_in(tmp_path / "into") == KEPT
     assert not any(path.is_symlink() for path in (tmp_path / "into").rglob("*"))
     assert calls == [{"name": "org/name", "revision": "abc", "allow_patterns": ["*.json", "*.safetensors"]}]
+
+
+def test_a_hub_that_is_down_gives_what_its_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_hub(monkeypatch, hub_snapshot(tmp_path), {})
+
+    def fail(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    sources.fetch("org/name", tmp_path / "into")
+    assert names_in(tmp_path / "into") == KEPT
+    assert calls[0]["revision"] is None
+
+
+@pytest.mark.parametrize("kind", ["RepositoryNotFoundError", "GatedRepoError"])
+def test_a_repository_the_hub_refuses_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        response = httpx.Response(404, request=httpx.Request("GET", "http://hub"))
+        raise getattr(errors, kind)("refused", response=response)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(XloomError) as caught:
+        sources.fetch("org/name", tmp_path / "into")
+    assert caught.value.code == {"GatedRepoError": "source_unreachable"}.get(kind, "source_not_found")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,282 @@
+"""The composition root: settings become a Serve application, and `xloom serve` runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from xloom.adapters.manifest import Entry
+from xloom.protocol import XloomError
+from xloom.settings import Settings
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+    from xloom.adapters.client import StoreClient
+
+APP_NAME = "xloom"
+NAMESPACE = "xloom"
+AUTO_RANK = 64  # the least rank `max_lora_rank: auto` leaves room for, so that adapters can be added at run time
+START_TIMEOUT_S = 900.0
+ROUTER_CPUS = 0.1
+_KILL_MARGIN_S = 10.0  # after the drain, for the engine to stop
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What the cluster allows."""
+
+    replica_cpus: float
+    loopback: bool  # all on this machine: the data path stays off the network
+
+
+def lora_rank(settings: Settings, entries: tuple[Entry, ...]) -> int:
+    """The rank engines make room for: what the settings say, or what the adapters now served need."""
+    if settings.engine.max_lora_rank != "auto":
+        return settings.engine.max_lora_rank
+    return max([AUTO_RANK, *(entry.rank for entry in entries)])
+
+
+def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: Placing) -> Application:
+    """The Serve application: engine replicas, and the router in front. Ray must be up."""
+    from ray import serve
+
+    from xloom.replica.actor import EngineReplica
+    from xloom.router.deployment import Router
+
+    token = secrets.token_urlsafe(32)
+    replicas = settings.replicas
+    policy = {
+        "policy_function": "xloom.autoscaling.policy:QueueAndPagesPolicy",
+        "policy_kwargs": {
+            "target_queue_depth": replicas.target_queue_depth,
+            "target_kv_occupancy": replicas.target_kv_occupancy,
+        },
+    }
+    scaling: dict[str, Any] = {"num_replicas": replicas.min}
+    if replicas.max > replicas.min:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": replicas.min,
+                "max_replicas": replicas.max,
+                "initial_replicas": max(1, replicas.min),
+                "metrics_interval_s": 1.0,
+                "look_back_period_s": 2.0,
+                "upscale_delay_s": replicas.upscale_delay_s,
+                "downscale_delay_s": replicas.downscale_delay_s,
+                "policy": policy,
+            }
+        }
+    engines = serve.deployment(
+        EngineReplica,
+        name="engine",
+        ray_actor_options={"num_cpus": placing.replica_cpus, "num_gpus": replicas.gpus},
+        # Requests do not come through Serve: these calls are describe() and broadcasts.
+        max_ongoing_requests=1000,
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=replicas.drain_timeout_s + _KILL_MARGIN_S,
+        **scaling,
+    ).bind(settings, token, max_lora_rank, store, placing.loopback)
+    router = serve.deployment(
+        Router,
+        name="router",
+        num_replicas=settings.router.replicas,
+        ray_actor_options={"num_cpus": ROUTER_CPUS},
+        max_ongoing_requests=1000,
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=30.0,
+    )
+    return router.bind(engines, settings, token, max_lora_rank, store)
+
+
+async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, ...]]:
+    """The adapter store with the settings' adapters and bundles in it. Raises `XloomError`."""
+    from xloom.adapters.client import open_store
+
+    store = await open_store(
+        settings.store.path,
+        settings.model.source,
+        max_rank=settings.store.max_rank,
+        reserved_names=[settings.model.served_name],
+        base_revision=settings.model.revision,
+        namespace=NAMESPACE,
+    )
+    for adapter in settings.adapters:
+        await store.add(adapter.name, adapter.source, "lora", replace=True)
+    for bundle in settings.xlora:
+        await store.add(
+            bundle.name,
+            bundle.source,
+            "xlora",
+            top_k=bundle.top_k,
+            temperature=bundle.temperature,
+            mixing_mode=bundle.mixing_mode,
+            replace=True,
+        )
+    return store, await store.entries()
+
+
+class Cluster:
+    """Ray as this process needs it: the cluster it was pointed at, or one of its own that ends with it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.is_local = not os.environ.get("RAY_ADDRESS")
+        self._folder: Path | None = None
+        cores = os.cpu_count() or 1
+        wanted = settings.replicas.cpus
+        # Serve never starts a replica that asks for more than the machine has.
+        self.placing = Placing(min(wanted, cores) if self.is_local else wanted, self.is_local)
+        # Ray counts whole CPUs; the router's share comes on top, so that a machine of two cores serves.
+        needed = settings.replicas.max * self.placing.replica_cpus + settings.router.replicas * ROUTER_CPUS
+        self._cpus = max(cores, math.ceil(needed))
+
+    def start(self) -> None:
+        """Connect, starting a local cluster unless RAY_ADDRESS names one."""
+        # Ray's ports answer the whole network, and who reaches them runs code here: a token, known to this process
+        # and its children alone (Ray's own default would leave one in the home folder). On a cluster that someone
+        # else runs, its own mode holds.
+        if self.is_local and "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+        if self.is_local:
+            self._folder = Path(tempfile.mkdtemp(prefix="xloom-", dir="/tmp"))  # noqa: S108 - sockets need a short path
+            options |= {
+                "num_cpus": self._cpus,
+                "include_dashboard": False,
+                "_temp_dir": str(self._folder),
+                "_node_ip_address": "127.0.0.1",
+            }
+        ray.init(**options)
+
+    def stop(self, store: StoreClient | None) -> None:
+        """End what was started: the application, and with a local cluster the store and the cluster."""
+        import ray
+        from ray import serve
+
+        if not ray.is_initialized():
+            self._sweep()
+            return
+        if self.is_local:
+            serve.shutdown()
+            if store is not None:
+                store.stop()
+        else:
+            serve.delete(APP_NAME)
+        ray.shutdown()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def serve_forever(settings: Settings) -> None:
+    """Serve until interrupted, then stop all that was started. Raises `XloomError`."""
+    stop = threading.Event()
+    previous = {
+        each: signal.signal(each, lambda number, frame: _interrupt(stop, frame))
+        for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    cluster, store = Cluster(settings), None
+    try:
+        with console.status("Starting Ray") as status:
+            cluster.start()
+            status.update("Preparing adapters")
+            store, entries = asyncio.run(open_adapters(settings))
+            _deploy(settings, store, entries, cluster, status, stop)
+        if not stop.is_set():
+            _greet(settings, entries)
+            stop.wait()
+    except _Interrupted:
+        pass
+    finally:
+        stop.set()
+        for each in previous:
+            signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
+        with console.status("Stopping"):
+            cluster.stop(store)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, during the start."""
+
+
+def _interrupt(stop: threading.Event, frame: FrameType | None) -> None:
+    if not stop.is_set():
+        stop.set()
+        raise _Interrupted
+
+
+def _deploy(
+    settings: Settings, store: StoreClient, entries: tuple[Entry, ...], cluster: Cluster, status: Any, stop: threading.Event
+) -> None:
+    from ray import serve
+
+    started = time.monotonic()
+    # No proxies: the router listens itself (see router/deployment.py).
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+    application = build(settings, store, lora_rank(settings, entries), cluster.placing)
+    status.update(f"Loading {settings.model.source}")
+    serve.run(application, name=APP_NAME, route_prefix=None, blocking=False, _local_testing_mode=False)
+    router = serve.get_deployment_handle("router", APP_NAME)
+    while settings.replicas.min > 0 and not stop.is_set():
+        if router.describe.remote().result(timeout_s=30)["ready"]:
+            break
+        if time.monotonic() - started > START_TIMEOUT_S:
+            raise XloomError("start_timeout", "No replica was ready in time.", "See the logs of the replicas.", 504)
+        status.update(f"Waiting for a replica ({time.monotonic() - started:.0f} s)")
+        time.sleep(0.2)
+
+
+def _greet(settings: Settings, entries: tuple[Entry, ...]) -> None:
+    host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::", "localhost") else settings.router.host  # noqa: S104
+    url = f"http://{host}:{settings.router.port}"
+    bundles = [entry.name for entry in entries if entry.kind == "xlora"]
+    names = [settings.model.served_name, *(entry.name for entry in entries)]
+    model = bundles[0] if bundles else names[-1]
+    key = settings.router.api_key is not None
+    header = " \\\n  -H \"Authorization: Bearer $XLOOM_API_KEY\"" if key else ""
+    client_key = 'os.environ["XLOOM_API_KEY"]' if key else '"none"'
+    out = Console()
+    out.print(f"\nServing [bold]{', '.join(names)}[/bold] at [bold]{url}/v1[/bold]. Ctrl-C ends it.\n", highlight=False)
+    out.print(
+        f"curl {url}/v1/chat/completions{header} \\\n  -H 'Content-Type: application/json' \\\n"
+        f'  -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 64}}\'\n',
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    out.print(
+        f"{'import os' + chr(10) if key else ''}from openai import OpenAI\n"
+        f'client = OpenAI(base_url="{url}/v1", api_key={client_key})\n'
+        f'messages = [{{"role": "user", "content": "Hello"}}]\n'
+        f'for chunk in client.chat.completions.create(model="{model}", messages=messages, stream=True):\n'
+        f'    print(chunk.choices[0].delta.content or "", end="", flush=True)\n',
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""The Serve deployment that is the endpoint: HTTP in, tokens out to the replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from xloom.router.catalog import Catalog
+from xloom.router.directory import ReplicaInfo
+from xloom.router.dispatch import Dispatcher
+from xloom.router.errors import CodedErrors
+from xloom.router.guard import Guard
+from xloom.router.http import Control, attach_routes
+from xloom.router.listener import HttpListener
+from xloom.settings import Settings
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+    from xloom.adapters.client import StoreClient
+
+logger = logging.getLogger(__name__)
+
+DESCRIBE_TIMEOUT_S = 5.0
+FIRST_MANIFEST_S = 60.0
+
+
+class Router:
+    """vLLM's OpenAI front end over the replicas, on a port of its own.
+
+    The HTTP server is this actor's own uvicorn, not Serve's proxy, which costs several times the
+    throughput on token streams (docs/data-path.md); Serve starts, checks, restarts and stops it.
+    """
+
+    # Serve awaits an async constructor: UserCallableWrapper.initialize_callable, ray/serve/_private/replica.py, 2.60.
+    async def __init__(  # type: ignore[misc]
+        self, replicas: DeploymentHandle, settings: Settings, token: str, max_lora_rank: int, store: StoreClient
+    ) -> None:
+        # vLLM looks for a device as it is imported; the front end needs none.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from xloom.router.core_client import RoutedCoreClient
+        from xloom.router.engine_client import RoutedEngineClient, front_end_config
+        from xloom.router.figures import register
+        from xloom.router.front_end import build_front_end
+
+        self._replicas = replicas
+        self._starving: asyncio.Task[None] | None = None
+        self._dispatcher = Dispatcher(self._discover, token, f"router-{uuid.uuid4().hex[:8]}")
+        self._dispatcher.on_starved = self._ask_for_a_replica
+        config = await asyncio.to_thread(front_end_config, settings)
+        self._engine = RoutedEngineClient(config, RoutedCoreClient(self._dispatcher))
+        app, models = await build_front_end(self._engine, settings)
+        self._catalog = Catalog(store, models.take)
+        await self._catalog.start(FIRST_MANIFEST_S)
+        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._catalog, store)
+        attach_routes(app, control)
+        register(self._dispatcher)
+        guarded = Guard(app, _secret(settings.router.api_key), _secret(settings.router.admin_key))
+        self._listener = HttpListener(CodedErrors(guarded), settings.router.host, settings.router.port)
+        app.state.server = self._listener.server
+        self._dispatcher.start()
+        await self._listener.start()
+        logger.info("listening on %s:%d", settings.router.host, self._listener.port)
+
+    async def describe(self) -> dict[str, Any]:
+        """The port it listens on, and whether a replica can answer."""
+        return {"port": self._listener.port, "ready": self._dispatcher.is_ready, "pid": os.getpid()}
+
+    async def check_health(self) -> None:
+        """Raise when the endpoint no longer works; Serve then starts another."""
+        self._listener.check()
+        await self._engine.check_health()
+
+    async def _discover(self) -> list[ReplicaInfo]:
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        try:
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                found = await self._replicas.broadcast("describe").results_async(return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError):
+            return []
+        return [ReplicaInfo(**each) for each in found if isinstance(each, dict)]
+
+    def _ask_for_a_replica(self) -> None:
+        """Requests wait and none is there: a call queued at Serve's handle is what wakes a deployment at zero."""
+        if self._starving is None or self._starving.done():
+            self._starving = asyncio.create_task(self._wake())
+
+    async def _wake(self) -> None:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(60):
+                await self._replicas.describe.remote()
+        self._dispatcher.directory.poll_now()
+
+    async def __del__(self) -> None:
+        """Finish the answers under way, then stop. Serve awaits this before it kills the actor."""
+        listener: HttpListener | None = getattr(self, "_listener", None)
+        if listener is None:
+            return
+        await listener.close()
+        await self._catalog.close()
+        await self._dispatcher.close()
+        self._engine.shutdown()
+
+
+def _secret(key: Any) -> str | None:
+    return key.get_secret_value() if key is not None else None

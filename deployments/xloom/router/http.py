@@ -1,0 +1,188 @@
+"""xloom's own routes, beside vLLM's: adapters at run time, readiness, status."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+from fastapi import APIRouter, FastAPI, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from xloom.adapters.manifest import Entry
+from xloom.adapters.residency import ReplicaReport
+from xloom.protocol import XloomError
+from xloom.router.catalog import Catalog
+from xloom.router.dispatch import Dispatcher
+
+RESIDENT_TIMEOUT_S = 60.0
+
+
+class Store(Protocol):
+    """The part of `xloom.adapters.client.StoreClient` used here."""
+
+    async def add(
+        self,
+        name: str,
+        source: str,
+        kind: str | None = None,
+        *,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        mixing_mode: str | None = None,
+        replace: bool = False,
+    ) -> Entry: ...
+    async def remove(self, name: str) -> Entry | None: ...
+    async def await_resident(self, name: str, generation: str, timeout_s: float) -> list[str]: ...
+    async def await_absent(self, name: str, generation: str, timeout_s: float) -> None: ...
+    async def residency(self) -> dict[str, ReplicaReport]: ...
+
+
+class LoadAdapter(BaseModel):
+    """vLLM's body of the route, and what a bundle may override."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False  # vLLM's; the prepared files say their own layout
+    kind: Literal["lora", "xlora"] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    mixing_mode: Literal["additive", "concatenate", "gated"] | None = None
+
+
+class UnloadAdapter(BaseModel):
+    """vLLM's body of the route."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lora_name: str
+    lora_int_id: int | None = None  # vLLM's; names are enough here
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the routes act on."""
+
+    model: str
+    max_lora_rank: int
+    dispatcher: Dispatcher
+    catalog: Catalog
+    store: Store
+
+    async def add(self, wanted: LoadAdapter) -> Entry:
+        """Take an adapter in and wait until every live replica holds it. Raises `XloomError`."""
+        had = {entry.name for entry in self.catalog.entries}
+        entry = await self.store.add(
+            wanted.lora_name,
+            wanted.lora_path,
+            wanted.kind,
+            top_k=wanted.top_k,
+            temperature=wanted.temperature,
+            mixing_mode=wanted.mixing_mode,
+            replace=wanted.load_inplace,
+        )
+        try:
+            if entry.rank > self.max_lora_rank:
+                message = f"The rank of {entry.name!r} is {entry.rank}; these engines take up to {self.max_lora_rank}."
+                raise XloomError("rank_too_large", message, "Raise engine.max_lora_rank and start again.")
+            await self.store.await_resident(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
+        except XloomError as error:
+            if error.code in ("rank_too_large", "adapter_load_failed") and entry.name not in had:
+                await self.store.remove(entry.name)  # it never served: leave nothing behind
+            raise
+        await self.catalog.catch_up(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
+        return entry
+
+    async def remove(self, name: str) -> None:
+        """Take an adapter out and wait until no live replica holds it. Raises `XloomError`."""
+        entry = await self.store.remove(name)
+        await self.catalog.catch_up(name, None, RESIDENT_TIMEOUT_S)
+        if entry is not None:
+            await self.store.await_absent(name, entry.generation, RESIDENT_TIMEOUT_S)
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """The connected replicas, as `xloom status` shows them."""
+        return [
+            {
+                "id": link.info.replica_id,
+                "node": link.info.node,
+                "address": f"{link.info.host}:{link.info.port}",
+                "pid": link.info.pid,
+                "state": link.state,
+                "stats": {
+                    "running": link.stats.running,
+                    "waiting": link.stats.waiting,
+                    "kv_pages_used": link.stats.kv_pages_used,
+                    "kv_pages_total": link.stats.kv_pages_total,
+                    "preemptions": link.stats.preemptions,
+                    "adapters": list(link.stats.adapters),
+                },
+            }
+            for link in self.dispatcher.directory.links
+        ]
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """What is served, and how many connected replicas hold it."""
+        links = self.dispatcher.directory.links
+        return [
+            {
+                "name": entry.name,
+                "kind": entry.kind,
+                "generation": entry.generation,
+                "rank": entry.rank,
+                "targets": list(entry.targets),
+                "size": entry.size,
+                "source": entry.source,
+                "replicas": sum(entry.key in link.stats.adapters for link in links),
+            }
+            for entry in self.catalog.entries
+        ]
+
+
+def attach_routes(app: FastAPI, control: Control) -> None:
+    """Add our routes to vLLM's app."""
+    router = APIRouter()
+    handlers: list[tuple[str, str, Callable[..., Awaitable[Any]]]] = []
+
+    async def load_adapter(wanted: LoadAdapter) -> Response:
+        entry = await control.add(wanted)
+        return Response(f"Success: LoRA adapter '{entry.name}' added successfully.")
+
+    async def unload_adapter(wanted: UnloadAdapter) -> Response:
+        await control.remove(wanted.lora_name)
+        return Response(f"Success: LoRA adapter '{wanted.lora_name}' removed successfully.")
+
+    async def ready(response: Response) -> dict[str, Any]:
+        is_ready = control.dispatcher.is_ready
+        response.status_code = 200 if is_ready else 503
+        return {"ready": is_ready, "replicas": len(control.dispatcher.directory.links)}
+
+    async def status() -> dict[str, Any]:
+        in_flight = control.dispatcher.in_flight
+        return {
+            "model": control.model,
+            "replicas": control.replicas(),
+            "adapters": control.adapters(),
+            "router": {"in_flight": in_flight},
+        }
+
+    async def adapters() -> dict[str, Any]:
+        return {"adapters": control.adapters()}
+
+    async def alive() -> Response:
+        return Response("success")  # what KubeRay's probe of Serve's own proxies expects
+
+    handlers = [
+        ("POST", "/v1/load_lora_adapter", load_adapter),
+        ("POST", "/v1/unload_lora_adapter", unload_adapter),
+        ("GET", "/ready", ready),
+        ("GET", "/xloom/status", status),
+        ("GET", "/xloom/adapters", adapters),
+        ("GET", "/-/healthz", alive),
+    ]
+    for method, path, handler in handlers:
+        router.add_api_route(path, handler, methods=[method], response_model=None)
+    app.include_router(router)

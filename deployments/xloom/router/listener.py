@@ -1,0 +1,82 @@
+"""The router's HTTP server: uvicorn on a socket of its own, inside the Serve replica."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from xloom.protocol import XloomError
+from xloom.router.errors import App
+
+GRACE_S = 20  # for answers under way when the router ends
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process it runs in."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpListener:
+    """Serves an ASGI app on a host and port that several routers of a machine may share."""
+
+    def __init__(self, app: App, host: str, port: int) -> None:
+        self._socket = _bind(host, port)
+        config = uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=30,
+            lifespan="on",
+        )
+        self.server: uvicorn.Server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The port it has, also when it was asked for any."""
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    async def start(self) -> None:
+        """Begin to accept."""
+        self._task = asyncio.create_task(self.server.serve(sockets=[self._socket]))
+        while not self.server.started:
+            if self._task.done():
+                await self._task
+                raise RuntimeError("the HTTP server ended as it started")
+            await asyncio.sleep(0.01)
+
+    def check(self) -> None:
+        """Raise when it has ended."""
+        if self._task is None or self._task.done():
+            raise RuntimeError("the HTTP server has ended")
+
+    async def close(self) -> None:
+        """Accept no more, let answers under way finish, then stop."""
+        self.server.should_exit = True
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._socket.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise XloomError("port_in_use", f"{host}:{port} can't be bound: {error}", "Choose another with --port.") from None
+    bound.listen(2048)
+    bound.setblocking(False)
+    return bound

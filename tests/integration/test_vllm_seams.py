@@ -1,0 +1,61 @@
+"""What the plugin and the backend rely on of vLLM 0.32: this fails when an upgrade takes it away."""
+
+from __future__ import annotations
+
+import inspect
+
+import vllm
+from vllm import ModelRegistry
+from vllm.forward_context import ForwardContext
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.layers.attention import attention
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+
+from xloom.xlora.vllm_plugin import ARCHITECTURES, XLORA_PREFIX
+
+
+def test_version_is_the_one_the_seams_were_read_in() -> None:
+    assert vllm.__version__.startswith("0.32.")
+
+
+def test_the_plugin_is_loaded_and_names_its_wrapper_and_models() -> None:
+    load_general_plugins()
+    assert current_platform.get_punica_wrapper() == "xloom.xlora.vllm_plugin.punica_cpu.GatedPunicaCPU"
+    registered = ModelRegistry.get_supported_archs()
+    assert {XLORA_PREFIX + name for name in ARCHITECTURES} <= set(registered)
+
+
+def test_every_xlora_class_is_made_from_vllms_own() -> None:
+    from xloom.xlora.vllm_plugin import models
+
+    for name in ARCHITECTURES:
+        made = getattr(models, XLORA_PREFIX + name)
+        assert made.__mro__[1].__name__ == name
+        assert made.supports_lora
+
+
+def test_attention_looks_its_layer_metadata_and_slots_up_by_name_in_the_forward_context() -> None:
+    source = inspect.getsource(attention.get_attention_context)
+    for part in ("no_compile_layers[layer_name]", "attn_metadata_raw[layer_name]", "slot_mapping.get(layer_name)"):
+        assert part in source
+    assert {"no_compile_layers", "attn_metadata", "slot_mapping"} <= set(ForwardContext.__dataclass_fields__)
+
+
+def test_lora_seams_keep_their_signatures() -> None:
+    linear = list(inspect.signature(PunicaWrapperBase.add_lora_linear).parameters)
+    assert linear[:7] == ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"]
+    for wrapper in (PunicaWrapperBase, PunicaWrapperCPU, PunicaWrapperGPU):
+        metadata = list(inspect.signature(wrapper.update_metadata).parameters)
+        assert metadata[:5] == ["self", "mapping", "lora_index_to_id", "max_loras", "vocab_size"]
+    shrink = list(inspect.signature(PunicaWrapperGPU.add_shrink).parameters)
+    assert shrink[:5] == ["self", "y", "x", "lora_a_stacked", "scale"]
+    assert list(inspect.signature(WorkerLoRAManager._load_adapter).parameters) == ["self", "lora_request"]
+    source = inspect.getsource(LoRAModelManager.__init__)
+    for name in ("_registered_adapters", "lora_index_to_id", "packed_modules", "modules"):
+        assert f"self.{name}" in source
+    assert "self.punica_wrapper_mapping" in inspect.getsource(LoRAModelManager._init_punica_wrapper)

