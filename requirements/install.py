@@ -112,9 +112,9 @@ def pip(venv: Path, *arguments: str, total: int = 0) -> None:
     count = 0
     for line in process.stdout:
         lines.append(line.rstrip())
-        if total and line.startswith(("Collecting ", "Requirement already satisfied: ")):
+        if total and line.startswith(("Collecting ", "Processing ", "Requirement already satisfied: ")):
             count += 1
-            name = line.split(": ")[-1].removeprefix("Collecting ").split()[0]
+            name = line.split(": ")[-1].split(" (from")[0].split()[-1].rsplit("/", 1)[-1]
             if sys.stdout.isatty():
                 print(f"\r  [{count}/{total}] {name:<60}", end="", flush=True)
             elif count % 25 == 0 or count == total:

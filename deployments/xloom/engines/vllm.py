@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,14 +183,3 @@ def _chunk(output: EngineCoreOutput) -> TokenChunk:
     if output.prefill_stats is not None:
         chunk.num_cached_tokens = output.prefill_stats.num_cached_tokens
     return chunk
-
-
-def thread_binding() -> None:
-    """Give the CPU engine every core this process may use, unless the operator has chosen.
-
-    vLLM's `auto` binds each replica to the first core, and Ray sets OMP_NUM_THREADS to the actor's CPUs.
-    """
-    os.environ.pop("OMP_NUM_THREADS", None)
-    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-        cores = sorted(os.sched_getaffinity(0))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)

@@ -44,6 +44,10 @@ def engine_arguments(
         # Only linears of the decoder: embeddings and the head would cost every request, adapted or not.
         "lora_target_modules": _decoder_linears(config),
     }
+    if engine.extra_args.get("trust_remote_code"):
+        raise XloomError(
+            "unsupported_setting", "Code from a model's repository is never run.", "Leave trust_remote_code out."
+        )
     if xlora:
         arguments["hf_overrides"] = {"architectures": [_xlora_architecture(architecture)]}
         _refuse_with_xlora(engine.extra_args)
@@ -153,9 +157,7 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
     load_general_plugins()
     device = "cpu" if current_platform.is_cpu() else "cuda"
     if device == "cpu":
-        from xloom.engines.vllm import thread_binding
-
-        thread_binding()
+        bind_threads(engine.tensor_parallel_size)
     arguments = engine_arguments(model, engine, xlora=xlora, max_lora_rank=max_lora_rank, device=device)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
@@ -166,3 +168,18 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
         ) from error
     except ValueError as error:
         raise XloomError("invalid_engine_settings", f"vLLM refuses the settings: {error}", "Mend the settings.") from error
+
+
+def bind_threads(ranks: int) -> None:
+    """Give each rank of a CPU engine its share of the cores this process may use, unless the operator has chosen.
+
+    vLLM's `auto` binds each replica on a machine to the same first core, and Ray sets OMP_NUM_THREADS to the
+    actor's CPUs.
+    """
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    groups = [cores[rank * share : (rank + 1) * share] or cores[-1:] for rank in range(ranks)]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)

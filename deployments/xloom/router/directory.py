@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 CONNECT_TIMEOUT_S = 5.0
-SILENCE_S = 10.0  # without a report a replica counts as lost: its machine or its event loop has stopped
+SILENCE_S = 20.0  # without a report a replica counts as lost; long, since a starved machine is slow, not dead
 
 
 @dataclass(frozen=True)

@@ -155,10 +155,10 @@ def attach_routes(app: FastAPI, control: Control) -> None:
         await control.remove(wanted.lora_name)
         return Response(f"Success: LoRA adapter '{wanted.lora_name}' removed successfully.")
 
-    async def ready(response: Response) -> dict[str, Any]:
-        is_ready = control.dispatcher.is_ready
-        response.status_code = 200 if is_ready else 503
-        return {"ready": is_ready, "replicas": len(control.dispatcher.directory.links)}
+    async def ready() -> dict[str, Any]:
+        if not control.dispatcher.is_ready:
+            raise XloomError("no_replica_ready", "No replica can answer now.", "See `xloom status`.", 503)
+        return {"ready": True, "replicas": len(control.dispatcher.directory.links)}
 
     async def status() -> dict[str, Any]:
         in_flight = control.dispatcher.in_flight
