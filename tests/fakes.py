@@ -95,9 +95,7 @@ class FakeBackend(LLMBackend):
     def stats(self) -> EngineStats:
         running = min(len(self.requests), self.max_running)
         used = sum(-(-len(tokens) // PAGE) for tokens in self.tokens.values())
-        return EngineStats(
-            running, len(self.requests) - running, used, self.pages, adapters=sorted(self.adapters)
-        )
+        return EngineStats(running, len(self.requests) - running, used, self.pages, adapters=sorted(self.adapters))
 
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
         if ref.name in self.refused:

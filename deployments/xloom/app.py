@@ -31,6 +31,7 @@ APP_NAME = "xloom"
 NAMESPACE = "xloom"
 AUTO_RANK = 64  # the least rank `max_lora_rank: auto` leaves room for, so that adapters can be added at run time
 START_TIMEOUT_S = 900.0
+STOP_TIMEOUT_S = 15.0
 ROUTER_CPUS = 0.1
 _KILL_MARGIN_S = 10.0  # after the drain, for the engine to stop
 
@@ -165,7 +166,7 @@ class Cluster:
 
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
         if self.is_local:
-            self._folder = Path(tempfile.mkdtemp(prefix="xloom-", dir="/tmp"))  # noqa: S108 - sockets need a short path
+            self._folder = Path(tempfile.mkdtemp(prefix="xloom-", dir="/tmp"))  # sockets need a short path
             options |= {
                 "num_cpus": self._cpus,
                 "include_dashboard": False,
@@ -182,13 +183,17 @@ class Cluster:
         if not ray.is_initialized():
             self._sweep()
             return
-        if self.is_local:
-            serve.shutdown()
-            if store is not None:
-                store.stop()
-        else:
-            serve.delete(APP_NAME)
-        ray.shutdown()
+        if not self.is_local:
+            serve.delete(APP_NAME)  # the store stays: it is the cluster's
+            ray.shutdown()
+            return
+        # Serve lets requests finish for as long as the drain timeout allows; whoever pressed Ctrl-C waits less.
+        ending = threading.Thread(target=serve.shutdown, daemon=True)
+        ending.start()
+        ending.join(STOP_TIMEOUT_S)
+        if store is not None:
+            store.stop()
+        ray.shutdown()  # kills what is left
         self._sweep()
 
     def _sweep(self) -> None:
@@ -236,7 +241,12 @@ def _interrupt(stop: threading.Event, frame: FrameType | None) -> None:
 
 
 def _deploy(
-    settings: Settings, store: StoreClient, entries: tuple[Entry, ...], cluster: Cluster, status: Any, stop: threading.Event
+    settings: Settings,
+    store: StoreClient,
+    entries: tuple[Entry, ...],
+    cluster: Cluster,
+    status: Any,
+    stop: threading.Event,
 ) -> None:
     from ray import serve
 
@@ -245,7 +255,7 @@ def _deploy(
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     application = build(settings, store, lora_rank(settings, entries), cluster.placing)
     status.update(f"Loading {settings.model.source}")
-    serve.run(application, name=APP_NAME, route_prefix=None, blocking=False, _local_testing_mode=False)
+    serve.run(application, name=APP_NAME, route_prefix=None, blocking=False)
     router = serve.get_deployment_handle("router", APP_NAME)
     while settings.replicas.min > 0 and not stop.is_set():
         if router.describe.remote().result(timeout_s=30)["ready"]:
@@ -257,13 +267,13 @@ def _deploy(
 
 
 def _greet(settings: Settings, entries: tuple[Entry, ...]) -> None:
-    host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::", "localhost") else settings.router.host  # noqa: S104
+    host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::", "localhost") else settings.router.host
     url = f"http://{host}:{settings.router.port}"
     bundles = [entry.name for entry in entries if entry.kind == "xlora"]
     names = [settings.model.served_name, *(entry.name for entry in entries)]
     model = bundles[0] if bundles else names[-1]
     key = settings.router.api_key is not None
-    header = " \\\n  -H \"Authorization: Bearer $XLOOM_API_KEY\"" if key else ""
+    header = ' \\\n  -H "Authorization: Bearer $XLOOM_API_KEY"' if key else ""
     client_key = 'os.environ["XLOOM_API_KEY"]' if key else '"none"'
     out = Console()
     out.print(f"\nServing [bold]{', '.join(names)}[/bold] at [bold]{url}/v1[/bold]. Ctrl-C ends it.\n", highlight=False)

@@ -59,9 +59,10 @@ class Reconciler:
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._report())]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(first_timeout_s), self._settled:
-                await self._settled.wait_for(
-                    lambda: self._version >= 0 and all(ref in self._resident or ref in self._failed for ref in self._wanted)
-                )
+                await self._settled.wait_for(self._is_settled)
+
+    def _is_settled(self) -> bool:
+        return self._version >= 0 and all(ref in self._resident or ref in self._failed for ref in self._wanted)
 
     async def arrival(self, ref: AdapterRef) -> bool:
         """Wait for an adapter: True once it is resident, False when the engine refused it."""

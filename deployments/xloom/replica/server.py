@@ -67,9 +67,7 @@ class _Connection:
 class ReplicaServer:
     """Serves one `LLMBackend` to any number of routers."""
 
-    def __init__(
-        self, backend: LLMBackend, replica_id: str, token: str, adapters: Adapters | None = None
-    ) -> None:
+    def __init__(self, backend: LLMBackend, replica_id: str, token: str, adapters: Adapters | None = None) -> None:
         self._backend = backend
         self._replica_id = replica_id
         self._token = token.encode()

@@ -9,7 +9,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from xloom.protocol import EngineStats, Hello, ReplicaFrame, Report, RequestFailed, RouterFrame, Step, Welcome, XloomError
+from xloom.protocol import (
+    EngineStats,
+    Hello,
+    ReplicaFrame,
+    Report,
+    RequestFailed,
+    RouterFrame,
+    Step,
+    Welcome,
+    XloomError,
+)
 from xloom.wire import FrameReader, FrameWriter
 
 logger = logging.getLogger(__name__)

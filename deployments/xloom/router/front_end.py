@@ -36,10 +36,12 @@ from xloom.settings import Settings
 class ServedModels(OpenAIServingModels):
     """Model names: the base model, and what the store's manifest names."""
 
+    _entries: tuple[Entry, ...] = ()
+
     def take(self, manifest: Manifest) -> None:
         """Serve a manifest's entries from now on."""
         self.lora_requests = {entry.name: lora_request(entry.ref) for entry in manifest.entries}
-        self._entries: tuple[Entry, ...] = manifest.entries
+        self._entries = manifest.entries
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name an answer carries: without the generation that the engine's name has."""
@@ -52,10 +54,9 @@ class ServedModels(OpenAIServingModels):
         for card in models.data:
             card.kind = "base"  # cards allow extra fields
             card.owned_by = "xloom"
-        for entry in getattr(self, "_entries", ()):
-            card = ModelCard(
-                id=entry.name, root=entry.source, parent=base, owned_by="xloom", max_model_len=self.model_config.max_model_len
-            )
+        for entry in self._entries:
+            limit = self.model_config.max_model_len
+            card = ModelCard(id=entry.name, root=entry.source, parent=base, owned_by="xloom", max_model_len=limit)
             card.kind, card.generation = entry.kind, entry.generation
             models.data.append(card)
         return models
@@ -89,7 +90,7 @@ def coded_error_response(
 
 def front_end_arguments(settings: Settings) -> Namespace:
     """vLLM's own command-line defaults, with this deployment's names."""
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     args.model = settings.model.source
     args.served_model_name = [settings.model.served_name]
     for name, value in settings.router.front_end_args.items():

@@ -23,7 +23,8 @@ def refusal(path: str, authorization: str, api_key: str | None, admin_key: str |
         if is_admin:
             return None
         if is_user:
-            return XloomError("admin_key_required", "This route needs the admin key.", "Send it as a Bearer token.", 403)
+            cure = "Send it as `Authorization: Bearer KEY`."
+            return XloomError("admin_key_required", "This route needs the admin key.", cure, 403)
         return _unknown(given)
     if api_key is None or is_user or is_admin:
         return None

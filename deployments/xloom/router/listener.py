@@ -29,7 +29,7 @@ class HttpListener:
     def __init__(self, app: App, host: str, port: int) -> None:
         self._socket = _bind(host, port)
         config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            app,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GRACE_S,
@@ -76,7 +76,8 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        raise XloomError("port_in_use", f"{host}:{port} can't be bound: {error}", "Choose another with --port.") from None
+        cure = "Choose another with --port."
+        raise XloomError("port_in_use", f"{host}:{port} can't be bound: {error}", cure) from None
     bound.listen(2048)
     bound.setblocking(False)
     return bound
