@@ -53,9 +53,14 @@ class Client:
         self._count = 0
 
     def __enter__(self) -> Client:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_PLUGINS": "", "TQDM_DISABLE": "1"}
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_PLUGINS": "",
+            "TQDM_DISABLE": "1",
+        }
         self._log = (self._folder / "client.txt").open("wb")
-        self._process = subprocess.Popen(  # noqa: S603
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.client"], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
@@ -63,7 +68,9 @@ class Client:
         self._expect_line()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):

@@ -36,7 +36,10 @@ def deployment(model: Path, folder: Path, port: int) -> dict[str, Any]:
     """xloom's settings for the measurement; the other servers' engine arguments are derived from these."""
     return {
         "model": {"source": str(model), "served_name": MODEL},
-        "engine": {"backend": "vllm", "dtype": "float32", "max_num_seqs": 128, "paged_attention": {"block_size": 32, "max_blocks": 2048}},
+        "engine": {
+            "backend": "vllm", "dtype": "float32", "max_num_seqs": 128,
+            "paged_attention": {"block_size": 32, "max_blocks": 2048},
+        },
         "replicas": {"min": 1, "max": 1, "drain_timeout_s": 2},
         "router": {"port": port},
         "store": {"path": str(folder / "store"), "cache": str(folder / "cache")},
@@ -47,9 +50,7 @@ def peer_arguments(settings: Settings, *, lora: bool) -> dict[str, Any]:
     """vLLM's engine arguments as xloom's replica has them, with or without what LoRA adds."""
     arguments = engine_arguments(settings.model, settings.engine, xlora=False, max_lora_rank=64, device="cpu")
     return {
-        name: value
-        for name, value in arguments.items()
-        if value is not None and (lora or name not in LORA_ARGUMENTS)
+        name: value for name, value in arguments.items() if value is not None and (lora or name not in LORA_ARGUMENTS)
     }
 
 
@@ -137,8 +138,13 @@ class Server:
 
     def __enter__(self) -> Server:
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), start_new_session=True
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
+                start_new_session=True,
             )
         self.root = psutil.Process(self._process.pid)
         try:
@@ -148,7 +154,9 @@ class Server:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -199,9 +207,9 @@ class Server:
 
     def _answers(self) -> bool:
         body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1}).encode()
-        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})  # noqa: S310
+        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False

@@ -20,7 +20,7 @@ def run_until_interrupted(application: Callable[[dict[str, Any]], serve.Applicat
     """Serve an application built from the engine arguments in the JSON file named on the command line."""
     options = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     stop = threading.Event()
-    folder = tempfile.mkdtemp(prefix="peer-", dir="/tmp")  # noqa: S108 - sockets need a short path
+    folder = tempfile.mkdtemp(prefix="peer-", dir="/tmp")
     try:
         ray.init(
             num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder, _node_ip_address="127.0.0.1"

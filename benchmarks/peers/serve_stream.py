@@ -77,7 +77,9 @@ class Ingress:
 
 def application(arguments: dict[str, Any]) -> serve.Application:
     """The Serve application."""
-    app: serve.Application = Ingress.bind(Engine.bind(arguments))
+    ingress: Any = Ingress  # `serve.deployment` replaces the class by a `Deployment`
+    engine: Any = Engine
+    app: serve.Application = ingress.bind(engine.bind(arguments))
     return app
 
 

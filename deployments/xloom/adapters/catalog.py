@@ -98,6 +98,7 @@ class AdapterCatalog:
         temperature: float | None = None,
         mixing_mode: str | None = None,
         replace: bool = False,
+        max_rank: int | None = None,
     ) -> Entry:
         """Take an adapter or bundle in (`kind` None: whichever it is). Raises `XloomError` and changes nothing.
 
@@ -106,7 +107,7 @@ class AdapterCatalog:
         """
         overrides = Overrides(top_k, temperature, mixing_mode)
         with self.stage(name, source, kind, overrides) as staged:
-            return self.commit(staged, replace=replace)
+            return self.commit(staged, replace=replace, max_rank=max_rank)
 
     @contextmanager
     def stage(self, name: str, source: str, kind: str | None, overrides: Overrides) -> Iterator[Staged]:
@@ -159,9 +160,18 @@ class AdapterCatalog:
             root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
         )
 
-    def commit(self, staged: Staged, *, replace: bool = False) -> Entry:
-        """Make a staged adapter part of the desired state. Raises `XloomError` (adapter_exists)."""
+    def commit(self, staged: Staged, *, replace: bool = False, max_rank: int | None = None) -> Entry:
+        """Make a staged adapter part of the desired state. Raises `XloomError` (adapter_exists, rank_too_large).
+
+        `max_rank` is what the engines that run now have room for, when that is less than the catalog takes.
+        """
         entry = staged.entry
+        if max_rank is not None and entry.rank > max_rank:
+            raise XloomError(
+                "rank_too_large",
+                f"The rank of {entry.name!r} is {entry.rank}; these engines take up to {max_rank}.",
+                "Raise engine.max_lora_rank and start again.",
+            )
         with self._changing:
             old = self._manifest.get(entry.name)
             if old is not None and old.generation == entry.generation:

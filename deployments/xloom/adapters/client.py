@@ -44,10 +44,11 @@ class StoreClient:
         temperature: float | None = None,
         mixing_mode: str | None = None,
         replace: bool = False,
+        max_rank: int | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
         overrides = Overrides(top_k, temperature, mixing_mode)
-        return cast(Entry, await self._call("add", name, source, kind, overrides, replace))
+        return cast(Entry, await self._call("add", name, source, kind, overrides, replace, max_rank))
 
     async def remove(self, name: str) -> Entry | None:
         """Take an adapter out; its entry, None when the store died after removing it. Raises adapter_not_found."""

@@ -47,7 +47,13 @@ class AdapterStore:
     # Desired state.
 
     async def add(
-        self, name: str, source: str, kind: str | None = None, overrides: Overrides | None = None, replace: bool = False
+        self,
+        name: str,
+        source: str,
+        kind: str | None = None,
+        overrides: Overrides | None = None,
+        replace: bool = False,
+        max_rank: int | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
         catalog = await self._catalog()
@@ -56,7 +62,7 @@ class AdapterStore:
             staged = await asyncio.to_thread(stage.__enter__)
             try:
                 async with self._committing:
-                    entry = await asyncio.to_thread(catalog.commit, staged, replace=replace)
+                    entry = await asyncio.to_thread(catalog.commit, staged, replace=replace, max_rank=max_rank)
             finally:
                 await asyncio.to_thread(stage.__exit__, None, None, None)
         await self._wake()

@@ -31,6 +31,7 @@ class Store(Protocol):
         temperature: float | None = None,
         mixing_mode: str | None = None,
         replace: bool = False,
+        max_rank: int | None = None,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
     async def await_resident(self, name: str, generation: str, timeout_s: float) -> list[str]: ...
@@ -83,14 +84,12 @@ class Control:
             temperature=wanted.temperature,
             mixing_mode=wanted.mixing_mode,
             replace=wanted.load_inplace,
+            max_rank=self.max_lora_rank,
         )
         try:
-            if entry.rank > self.max_lora_rank:
-                message = f"The rank of {entry.name!r} is {entry.rank}; these engines take up to {self.max_lora_rank}."
-                raise XloomError("rank_too_large", message, "Raise engine.max_lora_rank and start again.")
             await self.store.await_resident(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
         except XloomError as error:
-            if error.code in ("rank_too_large", "adapter_load_failed") and entry.name not in had:
+            if error.code == "adapter_load_failed" and entry.name not in had:
                 await self.store.remove(entry.name)  # it never served: leave nothing behind
             raise
         await self.catalog.catch_up(entry.name, entry.generation, RESIDENT_TIMEOUT_S)

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.models import tiny_model
 from xloom.engines.vllm_arguments import bind_threads, engine_arguments
 from xloom.protocol import XloomError
 from xloom.settings import EngineSettings, ModelSettings
-
-from tests.models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +19,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSettings:
     return ModelSettings(source=str(tiny_model(tmp_path_factory.mktemp("model"), "llama")), served_name="named")
 
 
-def arguments(model: ModelSettings, *, device: str = "cpu", xlora: bool = False, rank: int = 16, **engine: Any) -> dict[str, Any]:
+def arguments(
+    model: ModelSettings, *, device: str = "cpu", xlora: bool = False, rank: int = 16, **engine: Any
+) -> dict[str, Any]:
     return engine_arguments(model, EngineSettings(**engine), xlora=xlora, max_lora_rank=rank, device=device)
 
 
-def test_cpu_rounds_the_page_up_keeps_the_tokens_and_warns(model: ModelSettings, caplog: pytest.LogCaptureFixture) -> None:
+def test_cpu_rounds_the_page_up_keeps_the_tokens_and_warns(
+    model: ModelSettings, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         made = arguments(model, dtype="float32")
     assert (made["block_size"], made["num_gpu_blocks_override"]) == (32, 2048)  # 4,096 pages of 16 tokens

@@ -1,0 +1,157 @@
+"""Replicas come and go: scaling on real signals, the loss of one under load, and Ctrl-C amid it all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from .served import API_KEY, STOP_S, TOKENS, Served, wait_until
+from .weights import Weights, settings_for
+
+pytestmark = [pytest.mark.slow]
+
+PROMPT = list(range(30, 70))
+KINDS = ["blend", "base", "alpha"]
+SCALE_UP_S = 240.0  # an engine's start on a busy machine
+SCALE_DOWN_S = 90.0
+WORKERS = 12
+STREAMS = 6
+LONG = 800  # tokens
+
+
+@pytest.fixture(scope="module")
+def server(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One replica that may become two; a queue of more than one request asks for the second."""
+    settings = settings_for(
+        weights,
+        engine={"max_num_seqs": 4},
+        replicas={
+            "min": 1,
+            "max": 2,
+            "target_queue_depth": 1,
+            "upscale_delay_s": 0.5,
+            "downscale_delay_s": 10,
+            "drain_timeout_s": 20,
+        },
+    )
+    served = Served(tmp_path_factory.mktemp("scaled"), settings)
+    served.wait_ready()
+    yield served
+    served.stop()
+
+
+def replicas(server: Served) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = server.status()["replicas"]
+    return [replica for replica in found if replica["state"] == "ready"]
+
+
+@contextmanager
+def load(server: Served) -> Iterator[None]:
+    """More requests than one replica takes at a time; every one must be answered."""
+    done = threading.Event()
+
+    def ask(number: int) -> int:
+        answered = 0
+        while not done.is_set():
+            assert len(server.greedy(KINDS[number % len(KINDS)], PROMPT, 64)) == 64
+            answered += 1
+        return answered
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        asking = [pool.submit(ask, number) for number in range(WORKERS)]
+        try:
+            yield
+        finally:
+            done.set()
+        assert all(each.result(120) for each in asking)
+
+
+def scale_up(server: Served) -> None:
+    wait_until(lambda: len(replicas(server)) == 2, SCALE_UP_S, "two replicas", 0.25)
+
+
+def test_a_queue_brings_a_second_replica_and_calm_takes_it_away(server: Served) -> None:
+    assert len(replicas(server)) == 1
+    first = {name: server.greedy(name, PROMPT, 32) for name in KINDS}
+    with load(server):
+        scale_up(server)
+        both = {replica["id"] for replica in replicas(server)}
+        # The new one holds every adapter, and takes its share.
+        wait_until(lambda: all(each["stats"]["running"] for each in replicas(server)), 60, "both at work")
+        assert all(len(replica["stats"]["adapters"]) == 3 for replica in replicas(server))
+        assert {name: server.greedy(name, PROMPT, 32) for name in KINDS} == first
+    wait_until(lambda: len(server.status()["replicas"]) == 1, SCALE_DOWN_S, "one replica", 0.25)
+    assert replicas(server)[0]["id"] in both
+    assert {name: server.greedy(name, PROMPT, 32) for name in KINDS} == first
+
+
+def test_streams_of_a_killed_replica_go_on_unbroken(server: Served) -> None:
+    expected = {name: server.greedy(name, PROMPT, LONG) for name in KINDS}
+    with load(server):
+        scale_up(server)
+    received = dict.fromkeys(range(STREAMS), 0)
+
+    def stream(number: int) -> tuple[list[int], str | None]:
+        tokens: list[int] = []
+        finish = None
+        with server.openai.completions.create(
+            model=KINDS[number % len(KINDS)],
+            prompt=PROMPT,
+            max_tokens=LONG,
+            temperature=0,
+            stream=True,
+            extra_body=TOKENS,
+        ) as chunks:
+            for chunk in chunks:
+                for choice in chunk.choices:
+                    tokens += (choice.model_extra or {}).get("token_ids") or []
+                    finish = choice.finish_reason or finish
+                received[number] = len(tokens)
+        return tokens, finish
+
+    def all_run() -> bool:
+        return all(received.values()) and all(each["stats"]["running"] for each in replicas(server))
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        streams = [pool.submit(stream, number) for number in range(STREAMS)]
+        wait_until(all_run, 60, "streams on both replicas")
+        victim = replicas(server)[0]
+        os.kill(victim["pid"], signal.SIGKILL)
+        at_kill = list(received.values())
+        answers = [each.result(180) for each in streams]
+
+    assert 0 < min(at_kill) <= max(at_kill) < LONG
+    assert answers == [(expected[KINDS[number % len(KINDS)]], "length") for number in range(STREAMS)]
+    assert victim["id"] not in {replica["id"] for replica in server.status()["replicas"]}
+
+
+def test_ctrl_c_amid_a_stream_ends_everything_in_time(server: Served) -> None:
+    with (
+        httpx.Client(base_url=f"{server.url}/v1", timeout=60, trust_env=False) as client,
+        client.stream(
+            "POST",
+            "/completions",
+            headers={"Authorization": f"Bearer {API_KEY}"},
+            json={"model": "blend", "prompt": PROMPT, "max_tokens": 1900, "stream": True, "ignore_eos": True},
+        ) as answer,
+    ):
+        next(answer.iter_lines())
+        assert server.stop() < STOP_S
+
+
+def test_once_stopped_the_client_is_told(server: Served) -> None:
+    server.stop()
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0) as client,
+        pytest.raises(openai.APIConnectionError),
+    ):
+        client.models.list()

@@ -1,0 +1,100 @@
+"""Many streams at once, of all kinds, and streams that are left: answers hold, pages come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx
+import openai
+import pytest
+
+from ..served import API_KEY, TOKENS, Served
+
+STREAMS = 64
+NEW_TOKENS = 24
+KINDS = ["base", "alpha", "beta", "blend"]
+ABANDONED = 8
+# One second for the pages, and on top the half second between the replica's reports, through which they are seen.
+FREED_S = 1.0 + 0.5
+
+
+def prompt(number: int) -> list[int]:
+    """Of 30 to 93 tokens, every other one beginning as the others do."""
+    own = [(7 * number + 3 * position) % 250 for position in range(30 + number)]
+    return (list(range(5, 40)) + own)[: 30 + number] if number % 2 else own
+
+
+async def test_64_streams_of_mixed_kinds_equal_their_answers_one_at_a_time(server: Served) -> None:
+    most = 0
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, timeout=300, max_retries=0) as client:
+
+        async def answer(number: int) -> list[int]:
+            stream = await client.completions.create(
+                model=KINDS[number % len(KINDS)],
+                prompt=prompt(number),
+                max_tokens=NEW_TOKENS,
+                temperature=0,
+                stream=True,
+                extra_body=TOKENS,
+            )
+            tokens: list[int] = []
+            async for chunk in stream:
+                for choice in chunk.choices:
+                    tokens += (choice.model_extra or {}).get("token_ids") or []
+            return tokens
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                status = await asyncio.to_thread(server.status)
+                most = max(most, status["router"]["in_flight"])
+                await asyncio.sleep(0.05)
+
+        watcher = asyncio.create_task(watch())
+        together = await asyncio.gather(*map(answer, range(STREAMS)))
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+        server.wait_idle()
+
+        alone = [await answer(number) for number in range(STREAMS)]
+
+    assert all(len(tokens) == NEW_TOKENS for tokens in together)
+    assert together == alone
+    assert most > STREAMS / 2  # they did run together
+    server.wait_idle()
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_pages_of_streams_that_are_left_are_free_within_a_second(server: Served, route: str) -> None:
+    server.wait_idle()
+    asked = {"prompt": prompt(1)} if route == "completions" else {"messages": [{"role": "user", "content": "Go on."}]}
+    leaving = []
+    with httpx.Client(base_url=server.url, timeout=180, trust_env=False) as client:
+        for number in range(ABANDONED):
+            request = client.build_request(
+                "POST",
+                f"/v1/{route}",
+                headers={"Authorization": f"Bearer {API_KEY}"},
+                json=asked
+                | {
+                    "model": KINDS[number % 4],
+                    "max_tokens": 1900,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "stream": True,
+                },
+            )
+            response = client.send(request, stream=True)
+            assert response.status_code == 200, response.read()
+            next(response.iter_lines())
+            leaving.append(response)
+        # Nearly 2,000 tokens each: none can have ended by itself.
+        status = server.status()
+        assert status["router"]["in_flight"] == ABANDONED
+        for response in leaving:
+            response.close()
+        left = time.monotonic()
+        server.wait_idle(20)
+        took = time.monotonic() - left
+    assert took < FREED_S, f"{took:.2f} s"

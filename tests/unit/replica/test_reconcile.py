@@ -1,0 +1,147 @@
+"""A replica's adapters follow the store's desired state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import FakeBackend
+from xloom.adapters.cache import NodeCache
+from xloom.adapters.manifest import Entry, Manifest, generation_of
+from xloom.protocol import XloomError
+from xloom.replica.reconcile import Reconciler
+
+
+async def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+class FakeStore:
+    """The store's desired state, without Ray."""
+
+    def __init__(self) -> None:
+        self.manifest = Manifest(1)
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.reports: list[tuple[list[str], dict[str, str]]] = []
+        self.away = False
+        self._changed = asyncio.Event()
+
+    def put(self, name: str, content: bytes) -> Entry:
+        files = {"adapter_model.safetensors": content}
+        entry = Entry(name, "lora", generation_of(files), 8, (), len(content), "test")
+        self.files[entry.generation] = files
+        self.set(self.manifest.with_entry(entry))
+        return entry
+
+    def set(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._changed.set()
+
+    async def desired(self, known_version: int, timeout_s: float) -> Manifest:
+        if self.away:
+            raise XloomError("store_unavailable", "away", status=503)
+        while self.manifest.version == known_version:
+            self._changed.clear()
+            await self._changed.wait()
+        return self.manifest
+
+    async def fetch(self, generation: str) -> dict[str, bytes]:
+        return self.files[generation]
+
+    async def report(self, replica_id: str, node_id: str, resident: list[str], failed: Any = None) -> None:
+        if self.away:
+            raise XloomError("store_unavailable", "away", status=503)
+        self.reports.append((resident, failed or {}))
+
+    async def forget(self, replica_id: str) -> None:
+        self.reports.append(([], {}))
+
+
+class Scene:
+    def __init__(self, folder: Path) -> None:
+        self.store, self.backend = FakeStore(), FakeBackend()
+        self.reconciler = Reconciler(self.backend, self.store, NodeCache(folder), "r1", "n1")
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    made = Scene(tmp_path)
+    yield made
+    await made.reconciler.close()
+
+
+async def test_a_start_brings_what_is_wanted(scene: Scene) -> None:
+    entries = [scene.store.put("code", b"1"), scene.store.put("prose", b"2")]
+    await scene.reconciler.start(10)
+    assert set(scene.backend.adapters) == {entry.key for entry in entries}
+
+
+async def test_later_adapters_are_brought_and_reported(scene: Scene) -> None:
+    await scene.reconciler.start(10)
+    entry = scene.store.put("code", b"1")
+    assert await asyncio.wait_for(scene.reconciler.arrival(entry.ref), 10)
+    await until(lambda: scene.store.reports[-1][0] == [entry.key])
+
+
+async def test_one_bad_adapter_does_not_block_others(scene: Scene) -> None:
+    scene.backend.refused["bad"] = XloomError("adapter_load_failed", "wrong shape", status=400)
+    bad, good = scene.store.put("bad", b"1"), scene.store.put("good", b"2")
+    await scene.reconciler.start(10)
+    assert set(scene.backend.adapters) == {good.key}
+    assert not await scene.reconciler.arrival(bad.ref)
+    await until(lambda: bool(scene.store.reports) and bad.key in scene.store.reports[-1][1])
+
+
+async def test_a_mended_adapter_is_tried_again_under_its_new_generation(scene: Scene) -> None:
+    scene.backend.refused["code"] = XloomError("adapter_load_failed", "wrong shape", status=400)
+    scene.store.put("code", b"1")
+    await scene.reconciler.start(10)
+    scene.backend.refused.clear()
+    mended = scene.store.put("code", b"2")
+    assert await asyncio.wait_for(scene.reconciler.arrival(mended.ref), 10)
+
+
+async def test_an_adapter_in_use_is_removed_after_its_last_request(scene: Scene) -> None:
+    entry = scene.store.put("code", b"1")
+    users = 1
+    scene.reconciler.users = lambda ref: users
+    await scene.reconciler.start(10)
+    other = scene.store.put("other", b"2")
+    scene.store.set(scene.store.manifest.without("code"))
+    await scene.reconciler.arrival(other.ref)
+    assert entry.key in scene.backend.adapters
+    users = 0
+    await until(lambda: set(scene.backend.adapters) == {other.key})
+
+
+async def test_an_adapter_wanted_again_while_in_use_stays(scene: Scene) -> None:
+    entry = scene.store.put("code", b"1")
+    users = 1
+    scene.reconciler.users = lambda ref: users
+    await scene.reconciler.start(10)
+    scene.store.set(scene.store.manifest.without("code"))
+    await until(lambda: bool(scene.reconciler._work))
+    scene.store.put("code", b"1")
+    await until(lambda: not scene.reconciler._work)
+    users = 0
+    other = scene.store.put("other", b"2")
+    await scene.reconciler.arrival(other.ref)
+    assert entry.key in scene.backend.adapters
+
+
+async def test_a_store_that_is_away_leaves_the_adapters(scene: Scene) -> None:
+    entry = scene.store.put("code", b"1")
+    await scene.reconciler.start(10)
+    scene.store.away = True
+    scene.store.set(Manifest(scene.store.manifest.version + 1, scene.store.manifest.entries))
+    await asyncio.sleep(0.05)
+    assert entry.ref in scene.reconciler.resident
+    scene.store.away = False
+    other = scene.store.put("other", b"2")
+    assert await asyncio.wait_for(scene.reconciler.arrival(other.ref), 10)

@@ -1,0 +1,235 @@
+"""Requests over real sockets between a dispatcher and replicas with a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from tests.fakes import FakeBackend, expected_tokens
+from xloom.protocol import AdapterRef, TokenChunk, TokenRequest, XloomError
+from xloom.replica.server import ReplicaServer
+from xloom.router.directory import ReplicaInfo
+from xloom.router.dispatch import Dispatcher
+
+TOKEN = "secret"
+
+
+async def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+class Fleet:
+    """Replicas that come and go, a dispatcher over them, and what it handed back."""
+
+    def __init__(self, ready_timeout_s: float = 10.0) -> None:
+        self.infos: dict[str, ReplicaInfo] = {}
+        self.backends: dict[str, FakeBackend] = {}
+        self.servers: dict[str, ReplicaServer] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        self.failed: dict[str, XloomError] = {}
+        self.dispatcher = Dispatcher(self._discover, TOKEN, "router", ready_timeout_s=ready_timeout_s)
+        self.dispatcher.on_tokens = self._take
+        self.dispatcher.on_failed = self.failed.__setitem__
+
+    async def _discover(self) -> list[ReplicaInfo]:
+        return list(self.infos.values())
+
+    def _take(self, chunks: list[TokenChunk]) -> None:
+        for chunk in chunks:
+            self.tokens.setdefault(chunk.request_id, []).extend(chunk.token_ids)
+            if chunk.finish_reason:
+                self.finished[chunk.request_id] = chunk.finish_reason
+
+    async def add(self, name: str, token: str = TOKEN, **options: Any) -> FakeBackend:
+        backend = self.backends[name] = FakeBackend(**options)
+        server = self.servers[name] = ReplicaServer(backend, name, token)
+        host, port = await server.start("127.0.0.1")
+        self.infos[name] = ReplicaInfo(name, "node", host, port, 1)
+        self.dispatcher.directory.poll_now()
+        return backend
+
+    async def lose(self, name: str) -> None:
+        self.infos.pop(name)
+        await self.servers.pop(name).close()
+
+    def holder(self) -> str:
+        return next(name for name, backend in self.backends.items() if backend.requests)
+
+    async def connected(self, count: int) -> None:
+        await until(lambda: len(self.dispatcher.directory.links) == count)
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    made = Fleet()
+    made.dispatcher.start()
+    yield made
+    await made.dispatcher.close()
+    for server in made.servers.values():
+        await server.close()
+
+
+def request(
+    name: str = "r", prompt: list[int] | None = None, adapter: AdapterRef | None = None, **sampling: Any
+) -> TokenRequest:
+    return TokenRequest(name, prompt or [1, 2, 3], {"max_tokens": 8, **sampling}, adapter)
+
+
+async def test_a_request_streams_to_its_end(fleet: Fleet) -> None:
+    await fleet.add("a")
+    await fleet.connected(1)
+    fleet.dispatcher.submit(request())
+    await until(lambda: "r" in fleet.finished)
+    assert fleet.tokens["r"] == expected_tokens([1, 2, 3], 8)
+    assert fleet.dispatcher.in_flight == 0
+
+
+async def test_requests_spread_over_replicas(fleet: Fleet) -> None:
+    one, other = await fleet.add("a", manual=True), await fleet.add("b", manual=True)
+    await fleet.connected(2)
+    for number in range(10):
+        fleet.dispatcher.submit(request(f"r{number}"))
+    await until(lambda: len(one.requests) + len(other.requests) == 10)
+    assert len(one.requests) == len(other.requests) == 5
+
+
+async def test_a_lost_replica_leaves_one_unbroken_stream(fleet: Fleet) -> None:
+    for name in ("a", "b"):
+        await fleet.add(name, manual=True)
+    await fleet.connected(2)
+    fleet.dispatcher.submit(request(max_tokens=12))
+    await until(lambda: any(backend.requests for backend in fleet.backends.values()))
+    first = fleet.holder()
+    fleet.backends[first].step(5)
+    await until(lambda: len(fleet.tokens.get("r", [])) == 5)
+    await fleet.lose(first)
+    other = "b" if first == "a" else "a"
+    await until(lambda: bool(fleet.backends[other].requests))
+    fleet.backends[other].step(7)
+    await until(lambda: "r" in fleet.finished)
+    assert fleet.tokens["r"] == expected_tokens([1, 2, 3], 12)
+    assert fleet.finished["r"] == "length"
+
+
+async def test_a_request_that_can_not_move_fails_and_keeps_what_it_sent(fleet: Fleet) -> None:
+    backend = await fleet.add("a", manual=True)
+    await fleet.connected(1)
+    fleet.dispatcher.submit(request(presence_penalty=0.5))
+    await until(lambda: bool(backend.requests))
+    backend.step(3)
+    await until(lambda: len(fleet.tokens.get("r", [])) == 3)
+    await fleet.lose("a")
+    await until(lambda: "r" in fleet.failed)
+    assert fleet.failed["r"].code == "replica_lost"
+    assert len(fleet.tokens["r"]) == 3
+
+
+async def test_an_engine_that_dies_hands_its_requests_on(fleet: Fleet) -> None:
+    dying = await fleet.add("a", manual=True)
+    await fleet.connected(1)
+    fleet.dispatcher.submit(request())
+    await until(lambda: bool(dying.requests))
+    dying.step(2)
+    await until(lambda: len(fleet.tokens.get("r", [])) == 2)
+    await fleet.add("b")
+    await fleet.connected(2)
+    dying.die(RuntimeError("out of memory"))
+    await until(lambda: "r" in fleet.finished)
+    assert fleet.tokens["r"] == expected_tokens([1, 2, 3], 8)
+    with pytest.raises(RuntimeError):
+        fleet.servers["a"].check()
+
+
+async def test_a_draining_replica_finishes_what_it_has_and_takes_no_more(fleet: Fleet) -> None:
+    old = await fleet.add("a", manual=True)
+    await fleet.connected(1)
+    fleet.dispatcher.submit(request("first"))
+    await until(lambda: bool(old.requests))
+    drain = asyncio.create_task(fleet.servers["a"].drain(10))
+    await until(lambda: any(link.draining for link in fleet.dispatcher.directory.links))
+    fleet.dispatcher.submit(request("second"))
+    await fleet.add("b")
+    await until(lambda: "second" in fleet.finished)
+    assert not drain.done()
+    old.step(8)
+    await until(lambda: "first" in fleet.finished)
+    await asyncio.wait_for(drain, 5)
+
+
+async def test_a_request_waits_for_the_first_replica(fleet: Fleet) -> None:
+    starved: list[bool] = []
+    fleet.dispatcher.on_starved = lambda: starved.append(True)
+    fleet.dispatcher.submit(request())
+    assert starved
+    await fleet.add("a")
+    await until(lambda: "r" in fleet.finished)
+
+
+async def test_without_a_replica_a_request_fails_in_the_end() -> None:
+    fleet = Fleet(ready_timeout_s=0.05)
+    fleet.dispatcher.start()
+    fleet.dispatcher.submit(request())
+    await until(lambda: "r" in fleet.failed)
+    assert fleet.failed["r"].code == "no_replica_ready"
+    assert fleet.dispatcher.in_flight == 0
+    await fleet.dispatcher.close()
+
+
+async def test_an_aborted_request_is_freed_in_the_engine(fleet: Fleet) -> None:
+    backend = await fleet.add("a", manual=True)
+    await fleet.connected(1)
+    fleet.dispatcher.submit(request("gone"))
+    fleet.dispatcher.submit(request("stays"))
+    await until(lambda: len(backend.requests) == 2)
+    fleet.dispatcher.abort(["gone", "never-was"])
+    await until(lambda: backend.aborted == ["gone"])
+    backend.step(8)
+    await until(lambda: "stays" in fleet.finished)
+    assert "gone" not in fleet.tokens
+
+
+async def test_a_router_that_leaves_frees_all_it_held(fleet: Fleet) -> None:
+    backend = await fleet.add("a", manual=True)
+    await fleet.connected(1)
+    for number in range(3):
+        fleet.dispatcher.submit(request(f"r{number}"))
+    await until(lambda: len(backend.requests) == 3)
+    await fleet.dispatcher.close()
+    await until(lambda: not backend.requests)
+    assert fleet.servers["a"].in_flight == 0
+
+
+async def test_one_bad_request_fails_alone(fleet: Fleet) -> None:
+    await fleet.add("a")
+    await fleet.connected(1)
+    fleet.dispatcher.submit(request("bad", [10**9]))
+    fleet.dispatcher.submit(request("good"))
+    await until(lambda: "bad" in fleet.failed and "good" in fleet.finished)
+    assert fleet.failed["bad"].code == "bad_token"
+
+
+async def test_a_wrong_token_gets_no_connection(fleet: Fleet) -> None:
+    await fleet.add("a", token="another")
+    await fleet.add("b")
+    await fleet.connected(1)
+    assert [link.info.replica_id for link in fleet.dispatcher.directory.links] == ["b"]
+    assert not fleet.servers["a"]._connections
+
+
+async def test_tokens_of_all_requests_come_in_one_frame_per_step(fleet: Fleet) -> None:
+    backend = await fleet.add("a", manual=True)
+    await fleet.connected(1)
+    frames: list[int] = []
+    fleet.dispatcher.on_tokens = lambda chunks: frames.append(len(chunks))
+    for number in range(16):
+        fleet.dispatcher.submit(request(f"r{number}"))
+    await until(lambda: len(backend.requests) == 16)
+    backend.step(8)
+    await until(lambda: sum(frames) == 128)
+    assert frames == [16] * 8
