@@ -82,7 +82,9 @@ class Driver:
         await self.backend.close()
 
 
-async def measure_engine(sample: Path, prepared: Path, rank: int, compiled: bool, rounds: int) -> dict[str, list[float]]:
+async def measure_engine(
+    sample: Path, prepared: Path, rank: int, compiled: bool, rounds: int
+) -> dict[str, list[float]]:
     """Tokens a second, one a round, keyed `kind/concurrent`, of one engine that serves both kinds."""
     settings = EngineSettings(dtype="float32", compile=compiled, max_num_seqs=64)
     backend = await VLLMBackend.load(
@@ -157,7 +159,10 @@ def measure_routing(prepared: Path, repeats: int = 200) -> dict[int, tuple[float
 
 
 def tables(
-    engines: dict[str, dict[str, list[float]]], peft: dict[str, list[float]], routing: dict[int, tuple[float, float]]
+    rounds: int,
+    engines: dict[str, dict[str, list[float]]],
+    peft: dict[str, list[float]],
+    routing: dict[int, tuple[float, float]],
 ) -> list[dict[str, Any]]:
     """The result as the tables of the report."""
 
@@ -168,14 +173,27 @@ def tables(
     speed = [
         [
             load.concurrent,
-            *(round(median(found[f"{kind}/{load.concurrent}"])) for found in engines.values() for kind in ("base", "xlora")),
+            *(
+                round(median(found[f"{kind}/{load.concurrent}"]))
+                for found in engines.values()
+                for kind in ("base", "xlora")
+            ),
             f"{best[f'xlora/{load.concurrent}'] / best[f'base/{load.concurrent}']:.2f}",
         ]
         for load in LOADS
     ]
-    columns = ["concurrent", *(f"{kind}, {name}" for name in engines for kind in ("base", "X-LoRA")), "X-LoRA ÷ base, each at its best"]
+    columns = [
+        "concurrent",
+        *(f"{kind}, {name}" for name in engines for kind in ("base", "X-LoRA")),
+        "X-LoRA ÷ base, each at its best",
+    ]
     against_peft = [
-        [c, round(median(peft[f"peft/{c}"]), 1), round(best[f"xlora/{c}"]), f"{best[f'xlora/{c}'] / median(peft[f'peft/{c}']):.0f}×"]
+        [
+            c,
+            round(median(peft[f"peft/{c}"]), 1),
+            round(best[f"xlora/{c}"]),
+            f"{best[f'xlora/{c}'] / median(peft[f'peft/{c}']):.0f}×",
+        ]
         for c in (1, 16)
     ]
     return [
@@ -183,14 +201,14 @@ def tables(
             "title": "X-LoRA against the base model in one engine (tokens/s)",
             "columns": columns,
             "rows": speed,
-            "notes": f"Medians of {len(next(iter(next(iter(engines.values())).values())))} alternating rounds. "
+            "notes": f"Medians of {rounds} alternating rounds. "
             "Two passes a step make 0.5 the limit where the model is all there is to do.",
         },
         {
             "title": "X-LoRA against PEFT's generate (tokens/s)",
             "columns": ["concurrent", "PEFT", "xloom", "xloom ÷ PEFT"],
             "rows": against_peft,
-            "notes": "The same weights in float32 on the same cores; PEFT recomputes the whole sequence for each token.",
+            "notes": "Float32, the same weights and cores; PEFT recomputes the whole sequence for each token.",
         },
         {
             "title": "Routing decision per step: classifier, softmax, gates widened to ranks (ms)",
@@ -202,8 +220,12 @@ def tables(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python -m benchmarks.engine --json engine.json")
-    parser.add_argument("--sample", type=Path, default=SAMPLE, help="folder with base/, adapters/, blend/ (the shipped one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="example: python -m benchmarks.engine --json engine.json"
+    )
+    parser.add_argument(
+        "--sample", type=Path, default=SAMPLE, help="folder with base/, adapters/, blend/ (the shipped one)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each engine (%(default)s)")
     parser.add_argument("--peft-rounds", type=int, default=3, help="rounds of PEFT (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -223,7 +245,12 @@ def main() -> None:
             name: asyncio.run(measure_engine(sample, prepared, made.rank, compiled, arguments.rounds))
             for name, compiled in (("compiled", True), ("eager", False))
         }
-    result = {"name": "engine", "machine": machine(), "tables": tables(engines, peft, routing), "raw": {"engines": engines, "peft": peft}}
+    result = {
+        "name": "engine",
+        "machine": machine(),
+        "tables": tables(arguments.rounds, engines, peft, routing),
+        "raw": {"engines": engines, "peft": peft},
+    }
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
     for table in result["tables"]:

@@ -49,9 +49,7 @@ def role(process: psutil.Process, root: psutil.Process) -> str:
     if title.startswith("ray::") or "/ray/" in line:
         return "Ray's own"
     if process == root:
-        return (
-            "API server" if " serve " in f"{line} " and "xloom" not in line and "benchmarks" not in line else "launcher"
-        )
+        return "API server" if "api_server" in line else "launcher"
     return "other"
 
 

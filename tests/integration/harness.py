@@ -68,9 +68,7 @@ class Engine:
     def bundle(self, name: str, folder: Path, prepared: Path, **overrides: Any) -> AdapterRef:
         """Prepare an X-LoRA bundle and load it."""
         options = {"top_k": None, "temperature": None, "mixing_mode": None} | overrides
-        prepare_bundle(
-            folder, linear_modules(str(self.model)), prepared, hidden_size=HIDDEN, max_rank=256, **options
-        )
+        prepare_bundle(folder, linear_modules(str(self.model)), prepared, hidden_size=HIDDEN, max_rank=256, **options)
         return self._add(AdapterRef(name, "test", "xlora"), prepared)
 
     def adapter(self, name: str, folder: Path, prepared: Path) -> AdapterRef:

@@ -129,10 +129,10 @@ def test_concatenate_without_a_projection_equals_additive(served: tuple[Engine, 
     bundle = tiny_bundle(folder / "both", engine.model, seed=3)
     answers = [
         engine.generate(
-            PROMPT, engine.bundle(f"{mode}-both", bundle, folder / f"{mode}-both", mixing_mode=mode), max_tokens=NEW_TOKENS
+            PROMPT,
+            engine.bundle(f"{mode}-both", bundle, folder / f"{mode}-both", mixing_mode=mode),
+            max_tokens=NEW_TOKENS,
         ).tokens
         for mode in ("additive", "concatenate")
     ]
     assert answers[0] == answers[1]
-
-

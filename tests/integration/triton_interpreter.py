@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - the environment and the backend come before the imports that read them
 """Run as a program: vLLM's Triton LoRA kernels with our gate between them, in Triton's interpreter on the CPU.
 
 Prints the largest error against plain torch. A process of its own, since vLLM and Triton decide at import.

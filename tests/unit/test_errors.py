@@ -22,7 +22,11 @@ def codes_in_source() -> set[str]:
             if position is None or len(node.args) <= position:
                 continue
             for part in ast.walk(node.args[position]):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str) and re.fullmatch(r"[a-z_]+", part.value):
+                if (
+                    isinstance(part, ast.Constant)
+                    and isinstance(part.value, str)
+                    and re.fullmatch(r"[a-z_]+", part.value)
+                ):
                     codes.add(part.value)
     return codes
 

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xloom.engines.base import Capabilities, LLMBackend
 from xloom.protocol import AdapterRef, EngineStats, Logprobs, TokenChunk, TokenRequest, XloomError
@@ -44,15 +44,15 @@ class VLLMBackend(LLMBackend):
         return None
 
     @classmethod
-    async def load(cls, model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int) -> VLLMBackend:
+    async def load(
+        cls, model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int
+    ) -> VLLMBackend:
         missing = cls.missing()
         if missing:
             raise XloomError("backend_missing", missing, "", 500)
         from xloom.engines.vllm_arguments import engine_config
 
-        config = await asyncio.to_thread(
-            engine_config, model, engine, xlora=xlora, max_lora_rank=max_lora_rank
-        )
+        config = await asyncio.to_thread(engine_config, model, engine, xlora=xlora, max_lora_rank=max_lora_rank)
         # Relied on: EngineCoreClient.make_async_mp_client, Executor.get_class; vLLM 0.32.
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.executor import Executor
@@ -102,7 +102,9 @@ class VLLMBackend(LLMBackend):
             )
         if max(prompt) >= self._vocabulary or min(prompt) < 0:
             raise XloomError(
-                "invalid_token", f"The prompt holds a token outside 0 to {self._vocabulary - 1}.", "Check the tokenizer."
+                "invalid_token",
+                f"The prompt holds a token outside 0 to {self._vocabulary - 1}.",
+                "Check the tokenizer.",
             )
 
     async def abort(self, request_ids: Sequence[str]) -> None:
@@ -147,7 +149,10 @@ class VLLMBackend(LLMBackend):
             await self._core.add_lora_async(request)
         except Exception as error:  # the engine goes on; the message is vLLM's own
             raise XloomError(
-                "adapter_load_failed", f"The engine refused the adapter {ref.name!r}: {error}", "See docs/errors.md.", 400
+                "adapter_load_failed",
+                f"The engine refused the adapter {ref.name!r}: {error}",
+                "See docs/errors.md.",
+                400,
             ) from error
         self._adapters[ref] = request
 

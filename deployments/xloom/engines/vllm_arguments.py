@@ -137,7 +137,9 @@ def _lora_rank(rank: int) -> int:
         if rank <= allowed:
             return allowed
     raise XloomError(
-        "rank_too_large", f"A stacked rank of {rank} is above vLLM's limit of {LORA_RANKS[-1]}.", "Blend fewer adapters."
+        "rank_too_large",
+        f"A stacked rank of {rank} is above vLLM's limit of {LORA_RANKS[-1]}.",
+        "Blend fewer adapters.",
     )
 
 
@@ -167,7 +169,9 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
             "unknown_engine_argument", f"vLLM refuses engine.extra_args: {error}", "See vLLM's engine arguments."
         ) from error
     except ValueError as error:
-        raise XloomError("invalid_engine_settings", f"vLLM refuses the settings: {error}", "Mend the settings.") from error
+        raise XloomError(
+            "invalid_engine_settings", f"vLLM refuses the settings: {error}", "Mend the settings."
+        ) from error
 
 
 def bind_threads(ranks: int) -> None:

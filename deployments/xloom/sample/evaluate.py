@@ -6,13 +6,12 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -23,8 +22,6 @@ from xloom.sample.train import classifier_of, load_base, token_streams, xlora_co
 LENGTH = 512  # tokens in a window
 PIECE = 128  # tokens of one domain in a mixed window
 PREFIX = "base_model.internal_xlora_classifier."
-
-Logits = Callable[[Tensor], Tensor]
 
 
 def windows(streams: dict[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
@@ -44,11 +41,11 @@ def windows(streams: dict[str, Tensor], count: int, seed: int) -> dict[str, Tens
 
 
 @torch.no_grad()
-def perplexity(logits_of: Logits, rows: Tensor) -> float:
+def perplexity(model: nn.Module, rows: Tensor) -> float:
     """exp of the mean negative log-likelihood of a token."""
     losses = []
     for row in rows:
-        logits = logits_of(row[None])[0]
+        logits = model(input_ids=row[None]).logits[0]
         losses.append(cross_entropy(logits[:-1].float(), row[1:]).item())
     return math.exp(sum(losses) / len(losses))
 
@@ -72,16 +69,17 @@ def evaluate(folder: Path, count: int, seed: int) -> dict[str, dict[str, dict[st
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "base")
     rows = windows(token_streams(documents(), tokenizer, held_out=True), count, seed)
     table: dict[str, dict[str, float]] = {}
-    base = load_base(folder / "base").eval()
-    table["base"] = {d: perplexity(lambda ids: base(ids).logits, r) for d, r in tqdm(rows.items(), "base")}
+    models: dict[str, nn.Module] = {"base": load_base(folder / "base")}
     for domain in DOMAINS:
-        adapted = PeftModel.from_pretrained(load_base(folder / "base"), folder / "adapters" / domain).eval()
-        table[domain] = {d: perplexity(lambda ids, m=adapted: m(ids).logits, r) for d, r in tqdm(rows.items(), domain)}
+        models[domain] = PeftModel.from_pretrained(load_base(folder / "base"), folder / "adapters" / domain)
+    for name, model in models.items():
+        model.eval()
+        table[name] = {d: perplexity(model, texts) for d, texts in tqdm(rows.items(), name)}
     xlora, gates = load_xlora(folder)
     table["X-LoRA"], mean_gates = {}, {}
     for domain, texts in tqdm(rows.items(), "X-LoRA"):
         gates.clear()
-        table["X-LoRA"][domain] = perplexity(lambda ids: xlora(input_ids=ids).logits, texts)
+        table["X-LoRA"][domain] = perplexity(xlora, texts)
         mean = torch.cat([gate.mean(dim=(1, 2)) for gate in gates]).mean(dim=0)
         mean_gates[domain] = dict(zip(DOMAINS, mean.tolist(), strict=True))
     return {"perplexity": table, "gates": mean_gates}
@@ -94,7 +92,11 @@ def as_markdown(result: dict[str, dict[str, dict[str, float]]]) -> str:
     for model, values in result["perplexity"].items():
         name = model if model in ("base", "X-LoRA") else f"adapter `{model}`"
         lines.append(f"| {name} | " + " | ".join(f"{values[column]:.2f}" for column in columns) + " |")
-    lines += ["", "| mean gate on | " + " | ".join(f"`{name}`" for name in DOMAINS) + " |", "|---|" + "---|" * len(DOMAINS)]
+    lines += [
+        "",
+        "| mean gate on | " + " | ".join(f"`{name}`" for name in DOMAINS) + " |",
+        "|---|" + "---|" * len(DOMAINS),
+    ]
     for domain, gates in result["gates"].items():
         lines.append(f"| {domain} | " + " | ".join(f"{gates[name]:.2f}" for name in DOMAINS) + " |")
     return "\n".join(lines)
@@ -102,7 +104,9 @@ def as_markdown(result: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog="example: python -m xloom.sample.evaluate --json")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="the sample (default: the shipped one)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(__file__).parent, help="the sample (default: the shipped one)"
+    )
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens a domain (%(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="which windows (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -84,7 +84,9 @@ def base_config() -> LlamaConfig:
     )
 
 
-def token_streams(corpus: list[Document], tokenizer: PreTrainedTokenizerFast, held_out: bool) -> dict[str, torch.Tensor]:
+def token_streams(
+    corpus: list[Document], tokenizer: PreTrainedTokenizerFast, held_out: bool
+) -> dict[str, torch.Tensor]:
     """Each domain's documents, shuffled and joined into one token tensor `[num_tokens]`."""
     streams = {}
     for domain in DOMAINS:
@@ -178,7 +180,7 @@ def load_base(out: Path) -> PreTrainedModel:
 
 
 def train_adapter(streams: dict[str, torch.Tensor], base: Path, out: Path, domain: str, steps: int) -> None:
-    """Train one LoRA adapter on its domain (with a little of the others, so that it stays usable) in bfloat16 on disk."""
+    """Train one LoRA adapter on its domain; bfloat16 on disk."""
     torch.manual_seed(10 + DOMAINS.index(domain))
     rank = ADAPTER_RANKS[domain]
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.0)
@@ -266,7 +268,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m xloom.sample.train --out /tmp/sample --threads 2",
     )
-    parser.add_argument("--out", type=Path, default=here, help="folder for base/, adapters/ and blend/ (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=here, help="folder for base/, adapters/ and blend/ (default: %(default)s)"
+    )
     parser.add_argument("--adapter-steps", type=int, default=140, help="steps for each adapter (%(default)s)")
     parser.add_argument("--xlora-steps", type=int, default=120, help="steps for the classifier (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")

@@ -32,10 +32,11 @@ def make_xlora_class(base: type[nn.Module]) -> type[nn.Module]:
             self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any
         ) -> torch.Tensor:
             def run() -> torch.Tensor:
-                return super(XLoraModel, self).forward(input_ids, positions, *args, **kwargs)
+                hidden: torch.Tensor = super(XLoraModel, self).forward(input_ids, positions, *args, **kwargs)
+                return hidden
 
-            result: torch.Tensor = self.two_pass.run(run)
-            return result
+            hidden_states: torch.Tensor = self.two_pass.run(run)
+            return hidden_states
 
     XLoraModel.__name__ = XLoraModel.__qualname__ = XLORA_PREFIX + base.__name__
     XLoraModel.__module__ = __name__

@@ -40,7 +40,8 @@ class ScalingAttention(AttentionLayerBase):
         return getattr(self.source, name)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return self.source.get_attn_backend()
+        backend: type[AttentionBackend] = self.source.get_attn_backend()
+        return backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         return self.source.get_kv_cache_spec(vllm_config)

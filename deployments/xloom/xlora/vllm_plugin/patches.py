@@ -32,17 +32,13 @@ def apply() -> None:
 def _patch_punica(platform: Any) -> None:
     if platform.is_cpu():
         # CpuPlatform.get_punica_wrapper names the class that every LoRA linear calls.
-        type(platform).get_punica_wrapper = classmethod(
-            lambda cls: "xloom.xlora.vllm_plugin.punica_cpu.GatedPunicaCPU"
-        )
+        type(platform).get_punica_wrapper = classmethod(lambda cls: "xloom.xlora.vllm_plugin.punica_cpu.GatedPunicaCPU")
         # CpuPlatform.check_and_update_config turns compilation off when LoRA is on, because vLLM's own CPU
         # LoRA kernels can't be traced; ours is one opaque operator.
         original = type(platform).check_and_update_config.__func__
         type(platform).check_and_update_config = classmethod(_compiled_with_lora(original))
     elif platform.is_cuda_alike():
-        type(platform).get_punica_wrapper = classmethod(
-            lambda cls: "xloom.xlora.vllm_plugin.punica_gpu.GatedPunicaGPU"
-        )
+        type(platform).get_punica_wrapper = classmethod(lambda cls: "xloom.xlora.vllm_plugin.punica_gpu.GatedPunicaGPU")
 
 
 def _compiled_with_lora(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:

@@ -64,7 +64,7 @@ direct_register_custom_op(
 )
 
 
-class GatedPunicaCPU(PunicaWrapperCPU):  # type: ignore[misc]
+class GatedPunicaCPU(PunicaWrapperCPU):
     """vLLM's CPU punica wrapper with the gate, and without its weight copy per token."""
 
     manager: Any = None

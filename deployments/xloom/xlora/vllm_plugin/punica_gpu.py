@@ -87,7 +87,7 @@ def _no_fake(buffer: torch.Tensor, lora_a: torch.Tensor) -> None:
 direct_register_custom_op(op_name="xloom_gate", op_func=gate, mutates_args=["buffer"], fake_impl=_no_fake)
 
 
-class GatedPunicaGPU(PunicaWrapperGPU):  # type: ignore[misc]
+class GatedPunicaGPU(PunicaWrapperGPU):
     """vLLM's Triton punica wrapper with the gate."""
 
     manager: Any = None

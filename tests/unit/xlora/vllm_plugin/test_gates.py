@@ -71,10 +71,11 @@ def test_widened_and_narrow_gates_are_the_same() -> None:
     assert narrow.routing is not None
     narrow.routing.alike = False
     narrow.set_gates(gates)
-    assert wide.widened and not narrow.widened
+    assert (wide.widened, narrow.widened) == (True, False)
     for name in NAMES:
         left, right = wide.gate_of(name), narrow.gate_of(name)
-        assert left is not None and right is not None
+        assert left is not None
+        assert right is not None
         assert torch.equal(left, right)
 
 
