@@ -34,6 +34,7 @@ AUTO_RANK = 64  # the least rank `max_lora_rank: auto` leaves room for, so that 
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 15.0
 EXIT_TIMEOUT_S = 3.0
+START_ATTEMPTS = 3
 ROUTER_CPUS = 0.1
 _KILL_MARGIN_S = 10.0  # after the drain, for the engine to stop
 
@@ -160,6 +161,7 @@ class Cluster:
         if self.is_local and "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # An actor without GPUs keeps its view of the machine: the router's vLLM must recognise the platform.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
@@ -175,15 +177,26 @@ class Cluster:
                 "_temp_dir": str(self._folder),
                 "_node_ip_address": "127.0.0.1",
             }
-        ray.init(**options)
+        for attempt in range(START_ATTEMPTS):
+            try:
+                ray.init(**options)
+                return
+            except Exception as error:  # Ray raises the bare class when its node is not up within 30 s
+                self._end_processes()
+                if attempt + 1 == START_ATTEMPTS or not self.is_local:
+                    where = "here" if self.is_local else f"at {os.environ['RAY_ADDRESS']}"
+                    cure = "See that the machine has memory and CPU to spare, and try again."
+                    raise XloomError(
+                        "ray_not_started", f"Ray could not be reached {where}: {error}", cure, 503
+                    ) from None
 
     def stop(self, store: StoreClient | None) -> None:
         """End what was started: the application, and with a local cluster the store and the cluster."""
-        import psutil
         import ray
         from ray import serve
 
         if not ray.is_initialized():
+            self._end_processes()
             self._sweep()
             return
         if not self.is_local:
@@ -196,15 +209,21 @@ class Cluster:
         ending.join(STOP_TIMEOUT_S)
         if store is not None:
             store.stop()
-        started = psutil.Process().children(recursive=True)
+        self._end_processes()
+        self._sweep()
+
+    def _end_processes(self) -> None:
+        """Ray's own shutdown, then what it leaves: orphaned agents and engines notice only after a while."""
+        import psutil
+        import ray
+
+        started = psutil.Process().children(recursive=True) if self.is_local else []
         ray.shutdown()
-        # Ray's agents, and engines whose actor was killed, notice that they are orphans only after a while.
         _, left = psutil.wait_procs(started, timeout=EXIT_TIMEOUT_S)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=EXIT_TIMEOUT_S)
-        self._sweep()
 
     def _sweep(self) -> None:
         if self._folder is not None:
