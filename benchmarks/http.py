@@ -19,7 +19,7 @@ from rich.console import Console
 
 from xloom.settings import SAMPLE
 
-from .client import Client, Load
+from .client import Client, ClientError, Load
 from .duel import Duel, Side, run_duel
 from .http_tables import tables
 from .machine import machine, machine_line
@@ -39,22 +39,29 @@ def load(concurrent: int, scale: float) -> Load:
 
 
 def measure(
-    model: Path, rivals: list[str], loads: list[Load], rounds: int, folder: Path
+    model: Path, rivals: list[str], loads: list[Load], rounds: int, folder: Path, *, compiled: bool
 ) -> tuple[list[Duel], list[str]]:
     """The duels that could be fought, and a line for each that could not."""
     duels, missed = [], []
     with console.status("Starting the client") as status, Client(model, MODEL, folder) as client:
-        status.update("Starting the baseline")
-        with Server(KINDS[BASELINE], model, folder) as baseline:
+
+        def tell(text: str) -> None:
+            if console.is_terminal:
+                status.update(text)
+            else:
+                console.print(text, highlight=False)
+
+        tell("Starting the baseline")
+        with Server(KINDS[BASELINE], model, folder, compiled=compiled) as baseline:
             for name in rivals:
-                status.update(f"Starting {name}")
+                tell(f"Starting {name}")
                 try:
-                    with Server(KINDS[name], model, folder) as rival:
-                        duels.append(run_duel(baseline, rival, client, loads, rounds, status.update))
-                        status.update(f"Stopping {name}")
-                except StartError as error:
+                    with Server(KINDS[name], model, folder, compiled=compiled) as rival:
+                        duels.append(run_duel(baseline, rival, client, loads, rounds, tell))
+                        tell(f"Stopping {name}")
+                except (StartError, ClientError) as error:
                     console.print(str(error), style="red", markup=False, highlight=False)
-                    missed.append(f"{KINDS[name].text} did not start here.")
+                    missed.append(f"{KINDS[name].text} did not run here.")
     return duels, missed
 
 
@@ -89,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--concurrency", default="1,16,64", help="requests at a time (%(default)s)")
     parser.add_argument("--servers", default=",".join(rivals), help="compared with vllm, in this order (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of requests (%(default)s)")
+    parser.add_argument("--eager", action="store_true", help="engines in eager mode: quicker to start, slower to run")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     return parser
@@ -114,7 +122,12 @@ def main() -> int:
         if options.logs:
             folder = options.logs.resolve()
             folder.mkdir(parents=True)
-        duels, missed = measure(options.model.resolve(), rivals, loads, options.rounds, folder)
+        try:
+            model, compiled = options.model.resolve(), not options.eager
+            duels, missed = measure(model, rivals, loads, options.rounds, folder, compiled=compiled)
+        except (StartError, ClientError) as error:
+            console.print(str(error), style="red", markup=False, highlight=False)
+            return 1
     if not duels:
         return 1
     shown = tables(duels, loads, options.rounds, missed)

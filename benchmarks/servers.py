@@ -27,17 +27,17 @@ from xloom.settings import Settings, parse_settings
 from .processes import tree
 
 MODEL = "base"
-START_TIMEOUT_S = 420.0
+START_TIMEOUT_S = 600.0  # a first start compiles
 STOP_TIMEOUT_S = 60.0
 LORA_ARGUMENTS = ("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "lora_target_modules")
 
 
-def deployment(model: Path, folder: Path, port: int) -> dict[str, Any]:
+def deployment(model: Path, folder: Path, port: int, *, compiled: bool) -> dict[str, Any]:
     """xloom's settings for the measurement; the other servers' engine arguments are derived from these."""
     return {
         "model": {"source": str(model), "served_name": MODEL},
         "engine": {
-            "backend": "vllm", "dtype": "float32", "max_num_seqs": 128,
+            "backend": "vllm", "dtype": "float32", "max_num_seqs": 128, "compile": compiled,
             "paged_attention": {"block_size": 32, "max_blocks": 2048},
         },
         "replicas": {"min": 1, "max": 1, "drain_timeout_s": 2},
@@ -126,15 +126,15 @@ class StartError(RuntimeError):
 class Server:
     """One running server, in a session of its own; leaving the context stops all its processes."""
 
-    def __init__(self, kind: Kind, model: Path, folder: Path) -> None:
+    def __init__(self, kind: Kind, model: Path, folder: Path, *, compiled: bool = True) -> None:
         self.kind = kind
         self.folder = folder / kind.name
         self.folder.mkdir()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = self.folder / "log.txt"
-        self._command = kind.command(deployment(model, self.folder, self.port), self.folder, self.port)
-        self._model = model
+        settings = deployment(model, self.folder, self.port, compiled=compiled)
+        self._command = kind.command(settings, self.folder, self.port)
 
     def __enter__(self) -> Server:
         with self.log.open("wb") as log:

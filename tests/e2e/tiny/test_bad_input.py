@@ -90,10 +90,8 @@ def test_a_chat_that_is_too_long_is_refused(server: Served) -> None:
     assert raised.value.code == "context_length_exceeded"
 
 
-def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(server: Served) -> None:
-    with pytest.raises(openai.BadRequestError) as raised:
-        server.openai.completions.create(model="blend", prompt=[65] * (MAX_LENGTH - 2), max_tokens=100)
-    assert raised.value.code == "context_length_exceeded"
+def test_an_answer_ends_where_the_context_does(server: Served) -> None:
+    assert len(server.greedy("blend", [65] * (MAX_LENGTH - 2), 100)) == 2
 
 
 @pytest.mark.parametrize(
@@ -141,9 +139,9 @@ def test_a_method_a_route_has_not_is_refused(server: Served) -> None:
 # Keys.
 
 
-@pytest.mark.parametrize("key", ["", "wrong", "ключ"])
-def test_a_request_without_a_valid_key_is_refused(server: Served, key: str) -> None:
-    headers = {"Authorization": f"Bearer {key}".encode()}
+@pytest.mark.parametrize("value", ["", "Bearer", "Bearer wrong", "Bearer ключ", f"Basic {API_KEY}", API_KEY])
+def test_a_request_without_a_valid_key_is_refused(server: Served, value: str) -> None:
+    headers = {"Authorization": value.encode()}
     answer = server.http.get("/v1/models", headers=headers)
     assert error_of(answer, 401)["code"] == "invalid_api_key"
 

@@ -87,12 +87,13 @@ def test_pages_of_streams_that_are_left_are_free_within_a_second(server: Served,
             )
             response = client.send(request, stream=True)
             assert response.status_code == 200, response.read()
-            next(response.iter_lines())
-            leaving.append(response)
+            lines = response.iter_lines()
+            next(lines)
+            leaving.append((response, lines))  # an iterator that is dropped closes its response
         # Nearly 2,000 tokens each: none can have ended by itself.
         status = server.status()
         assert status["router"]["in_flight"] == ABANDONED
-        for response in leaving:
+        for response, _ in leaving:
             response.close()
         left = time.monotonic()
         server.wait_idle(20)
