@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,10 +121,13 @@ class Served:
 
     def kill(self) -> None:
         """End all of it by force, for a test that has failed."""
+        folders = self._ray_folders()
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     # What is looked at from outside.
 
@@ -139,7 +143,10 @@ class Served:
         return found
 
     def _ray_folders(self) -> set[Path]:
-        lines = [" ".join(process.cmdline()) for process in self.processes() if process.is_running()]
+        lines = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                lines.append(" ".join(process.cmdline()))
         return {Path(match) for line in lines for match in RAY_FOLDER.findall(line)}
 
     def log(self) -> str:

@@ -109,6 +109,18 @@ def batches(
         yield torch.stack(rows), domains
 
 
+def mixed_batches(
+    streams: dict[str, torch.Tensor], tokens: int, piece: int, pieces: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches `[tokens / (piece * pieces), piece * pieces]` of rows joined from pieces of random domains, and
+    each token's domain, of the same shape."""
+    flat = batches(streams, dict.fromkeys(DOMAINS, 1.0), tokens, piece, seed)
+    while True:
+        parts, domains = next(flat)
+        numbers = torch.tensor([DOMAINS.index(domain) for domain in domains]).repeat_interleave(piece)
+        yield parts.reshape(-1, piece * pieces), numbers.reshape(-1, piece * pieces)
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over 4% of the steps, then a cosine down to a twentieth of the peak."""
     warm = max(1, steps // 25)
@@ -217,8 +229,8 @@ def classifier_of(model: PeftModel) -> nn.Module:
 
 
 def train_xlora(streams: dict[str, torch.Tensor], base: Path, adapters: Path, out: Path, steps: int) -> None:
-    """Train the X-LoRA classifier on mixed text; the loss is the language model's, plus a small push of the mean gate
-    towards the domain of the row (weight 0.05) so that routing stays readable."""
+    """Train the X-LoRA classifier on mixed text; the loss is the language model's, plus a small push of each token's
+    mean gate towards its domain (weight 0.05) so that routing stays readable."""
     torch.manual_seed(30)
     base_model = load_base(base)
     base_model.config.use_cache = False
@@ -230,14 +242,14 @@ def train_xlora(streams: dict[str, torch.Tensor], base: Path, adapters: Path, ou
     gates: list[torch.Tensor] = []
     classifier.register_forward_hook(lambda module, args, result: gates.append(result))
     trainer = Trainer(model, steps, 5e-3, "x-lora")
-    rows_of = batches(streams, dict.fromkeys(DOMAINS, 1.0), tokens=4096, length=256, seed=40)
+    rows_of = mixed_batches(streams, tokens=4096, piece=128, pieces=2, seed=40)
     for _ in range(steps):
         rows, domains = next(rows_of)
         gates.clear()
         loss = model(input_ids=rows, labels=rows).loss
-        mean_gate = gates[-1].mean(dim=(1, 2))  # [rows, adapters]
-        targets = torch.tensor([DOMAINS.index(domain) for domain in domains])
-        trainer.step(loss + 0.05 * nn.functional.nll_loss(torch.log(mean_gate + 1e-9), targets))
+        mean_gate = gates[-1].mean(dim=2)  # [rows, tokens, adapters]
+        push = nn.functional.nll_loss(torch.log(mean_gate + 1e-9).flatten(0, 1), domains.flatten())
+        trainer.step(loss + 0.05 * push)
     save_bundle(classifier, config, out)
 
 

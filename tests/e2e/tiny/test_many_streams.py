@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from ..served import API_KEY, TOKENS, Served
+from ..served import API_KEY, TOKENS, Served, wait_until
 
 STREAMS = 64
 NEW_TOKENS = 24
@@ -65,6 +66,13 @@ async def test_64_streams_of_mixed_kinds_equal_their_answers_one_at_a_time(serve
     server.wait_idle()
 
 
+def figures(server: Served) -> dict[str, Any]:
+    """What the one replica reported last."""
+    [replica] = server.status()["replicas"]
+    stats: dict[str, Any] = replica["stats"]
+    return stats
+
+
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 def test_pages_of_streams_that_are_left_are_free_within_a_second(server: Served, route: str) -> None:
     server.wait_idle()
@@ -90,9 +98,10 @@ def test_pages_of_streams_that_are_left_are_free_within_a_second(server: Served,
             lines = response.iter_lines()
             next(lines)
             leaving.append((response, lines))  # an iterator that is dropped closes its response
-        # Nearly 2,000 tokens each: none can have ended by itself.
-        status = server.status()
-        assert status["router"]["in_flight"] == ABANDONED
+        # Nearly 2,000 tokens each: none can have ended by itself. The report is to know of all their pages.
+        wait_until(lambda: figures(server)["running"] == ABANDONED, 20, "all streams at work")
+        assert figures(server)["kv_pages_used"] >= ABANDONED
+        assert server.status()["router"]["in_flight"] == ABANDONED
         for response, _ in leaving:
             response.close()
         left = time.monotonic()
