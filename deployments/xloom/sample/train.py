@@ -242,7 +242,7 @@ def train_xlora(streams: dict[str, torch.Tensor], base: Path, adapters: Path, ou
     gates: list[torch.Tensor] = []
     classifier.register_forward_hook(lambda module, args, result: gates.append(result))
     trainer = Trainer(model, steps, 5e-3, "x-lora")
-    rows_of = mixed_batches(streams, tokens=4096, piece=128, pieces=2, seed=40)
+    rows_of = mixed_batches(streams, tokens=2048, piece=128, pieces=2, seed=40)
     for _ in range(steps):
         rows, domains = next(rows_of)
         gates.clear()
@@ -284,7 +284,7 @@ def main() -> None:
         "--out", type=Path, default=here, help="folder for base/, adapters/ and blend/ (default: %(default)s)"
     )
     parser.add_argument("--adapter-steps", type=int, default=140, help="steps for each adapter (%(default)s)")
-    parser.add_argument("--xlora-steps", type=int, default=120, help="steps for the classifier (%(default)s)")
+    parser.add_argument("--xlora-steps", type=int, default=90, help="steps of 2,048 tokens for the classifier (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
