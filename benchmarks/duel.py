@@ -10,7 +10,7 @@ from typing import Any
 
 from .client import Client, Load, Run
 from .metrics import first_tokens, means
-from .processes import Memory, cpu_seconds, memory
+from .processes import Memory, cpu_seconds, machine_cpu_seconds, memory
 from .servers import Server
 
 IDLE_SECONDS = 4.0
@@ -23,6 +23,7 @@ class Sample:
     run: Run
     cpu: dict[str, float]  # seconds, by part, the client's among them
     first_tokens: dict[str, float]  # mean milliseconds, as the server's own metrics have them
+    strangers: float  # cores that all else on the machine used meanwhile: a run is worth little unless this is near 0
 
 
 @dataclass
@@ -68,6 +69,12 @@ class Duel:
         """Milliseconds: difference of the medians of time to first token."""
         return self._medians(concurrent, lambda sample: sample.run.ttft)[1]
 
+    @property
+    def strangers(self) -> float:
+        """Cores: the most that others used during any run."""
+        sides = (self.baseline, self.rival)
+        return max(sample.strangers for side in sides for samples in side.samples.values() for sample in samples)
+
     def _medians(self, concurrent: int, value: Callable[[Sample], float]) -> tuple[float, float]:
         rival, baseline = self.rival.median(concurrent, value), self.baseline.median(concurrent, value)
         return rival / baseline, rival - baseline
@@ -101,12 +108,15 @@ def run_duel(
 
 
 def _sample(server: Server, client: Client, load: Load, seed: int) -> Sample:
-    cpu, own, counts = cpu_seconds(server.root), client.cpu_seconds(), first_tokens(server.url)
+    counts = first_tokens(server.url)
+    everyone, cpu, own, start = machine_cpu_seconds(), cpu_seconds(server.root), client.cpu_seconds(), time.monotonic()
     run = client.run(server.port, load, seed)
-    after = cpu_seconds(server.root)
+    after, everyone = cpu_seconds(server.root), machine_cpu_seconds() - everyone
+    seconds = time.monotonic() - start
     spent = {part: seconds - cpu.get(part, 0.0) for part, seconds in after.items()}
     spent["client"] = client.cpu_seconds() - own
-    return Sample(run, spent, means(counts, first_tokens(server.url)))
+    strangers = max(0.0, everyone - sum(spent.values())) / seconds
+    return Sample(run, spent, means(counts, first_tokens(server.url)), strangers)
 
 
 def _idle(server: Server) -> dict[str, float]:

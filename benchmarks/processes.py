@@ -65,6 +65,13 @@ def cpu_seconds(root: psutil.Process) -> dict[str, float]:
     return dict(found)
 
 
+def machine_cpu_seconds() -> float:
+    """Processor time all processes of the machine have used so far, over all cores."""
+    times = psutil.cpu_times()
+    # Of Linux: guest time is part of user time; stolen time went to other machines, so it is as good as used.
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + getattr(times, "steal", 0.0))
+
+
 def memory(root: psutil.Process) -> dict[str, Memory]:
     """Peak and proportional memory, by part."""
     found: dict[str, Memory] = {}

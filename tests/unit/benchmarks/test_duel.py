@@ -17,7 +17,8 @@ FIRST = {FIRST_TOKEN: 9.0, ENGINE[0]: 1.0, ENGINE[1]: 5.0}
 
 def side(name: str, throughputs: list[float], ttft: float) -> Side:
     samples = [
-        Sample(replace(RUN, throughput=each, ttft=ttft), {"worker": 0.5, "client": 0.1}, FIRST) for each in throughputs
+        Sample(replace(RUN, throughput=each, ttft=ttft), {"worker": 0.5, "client": 0.1}, FIRST, 0.02)
+        for each in throughputs
     ]
     return Side(name, {1: samples}, {"worker": 0.01}, {"worker": Memory(1, 2**30, 2**29)})
 
