@@ -284,7 +284,7 @@ def main() -> None:
         "--out", type=Path, default=here, help="folder for base/, adapters/ and blend/ (default: %(default)s)"
     )
     parser.add_argument("--adapter-steps", type=int, default=140, help="steps for each adapter (%(default)s)")
-    parser.add_argument("--xlora-steps", type=int, default=90, help="steps of 2,048 tokens for the classifier (%(default)s)")
+    parser.add_argument("--xlora-steps", type=int, default=90, help="classifier steps of 2,048 tokens (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
