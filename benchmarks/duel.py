@@ -14,6 +14,7 @@ from .processes import Memory, cpu_seconds, machine_cpu_seconds, memory
 from .servers import Server
 
 IDLE_SECONDS = 4.0
+MOST_STRANGERS = 0.3  # cores; the idle server is among these others
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,14 @@ class Duel:
         """Milliseconds: difference of the medians of time to first token."""
         return self._medians(concurrent, lambda sample: sample.run.ttft)[1]
 
-    @property
-    def strangers(self) -> float:
-        """Cores: the most that others used during any run."""
-        sides = (self.baseline, self.rival)
-        return max(sample.strangers for side in sides for samples in side.samples.values() for sample in samples)
+    def strangers(self, concurrent: int) -> float:
+        """Cores: the most that others used during a run."""
+        samples = [*self.baseline.samples[concurrent], *self.rival.samples[concurrent]]
+        return max(sample.strangers for sample in samples)
+
+    def disturbed(self, concurrent: int) -> bool:
+        """Whether others used so much of the machine that the figures say nothing."""
+        return self.strangers(concurrent) > MOST_STRANGERS
 
     def _medians(self, concurrent: int, value: Callable[[Sample], float]) -> tuple[float, float]:
         rival, baseline = self.rival.median(concurrent, value), self.baseline.median(concurrent, value)
@@ -101,7 +105,10 @@ def run_duel(
                 tell(f"round {number + 1} of {rounds}: {server.kind.name}, {load.concurrent} at a time")
                 # Prompts of a round are the same for both, and new to both: nothing is found in a prefix cache.
                 seed = 1_000 * number + load.concurrent
-                side.samples.setdefault(load.concurrent, []).append(_sample(server, client, load, seed))
+                sample = _sample(server, client, load, seed)
+                side.samples.setdefault(load.concurrent, []).append(sample)
+                rate, others = sample.run.throughput, sample.strangers
+                tell(f"  {rate:,.0f} tokens/s, first token {sample.run.ttft:.1f} ms; all else used {others:.2f} cores")
     for side, server in sides:
         side.memory = memory(server.root)
     return duel

@@ -135,6 +135,8 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(machine_line(found))
+    if any(duel.disturbed(each.concurrent) for duel in duels for each in loads):
+        console.print("Other processes kept this machine busy: these figures are not results.", style="red")
     for table in shown:
         print(f"\n{markdown(table)}")
     return 0

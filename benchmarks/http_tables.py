@@ -42,15 +42,25 @@ def throughput(duels: Sequence[Duel], loads: Sequence[Load], rounds: int, missed
                     f"{duel.rival.median(load.concurrent, lambda sample: sample.run.throughput):,.0f}",
                     f"{duel.ratio(load.concurrent):.2f}",
                     f"{min(ratios):.2f} to {max(ratios):.2f}",
+                    f"{duel.strangers(load.concurrent):.2f}{' (disturbed)' if duel.disturbed(load.concurrent) else ''}",
                 ]
             )
     sizes = ", ".join(f"{load.requests} requests at {load.concurrent}" for load in loads)
     legend = "; ".join(f"{duel.rival.name}: {KINDS[duel.rival.name].text}" for duel in duels)
     notes = (
         f"Medians of {rounds} alternating rounds, {sizes}; {loads[0].input_tokens} random prompt tokens and "
-        f"{loads[0].output_tokens} output tokens each, streamed. {legend}. {' '.join(missed)}"
+        f"{loads[0].output_tokens} output tokens each, streamed. {legend}. The last column is "
+        "the most that any run had beside it of processor time spent by others: a row marked as disturbed says nothing "
+        f"about the servers. {' '.join(missed)}"
     )
-    columns = ["concurrent, server", "bare vLLM beside it", "server", "ratio", "ratio, least to most"]
+    columns = [
+        "concurrent, server",
+        "bare vLLM beside it",
+        "server",
+        "ratio",
+        "ratio, least to most",
+        "cores others used",
+    ]
     return {"title": "HTTP throughput (output tokens/s)", "columns": columns, "rows": rows, "notes": notes.strip()}
 
 

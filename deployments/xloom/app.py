@@ -163,9 +163,18 @@ class Cluster:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # An actor without GPUs keeps its view of the machine: the router's vLLM must recognise the platform.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray runs its workers at nice 15, and the engines with them: any other process would starve them. The name is
+        # Ray 2.60's `ray._private.ray_constants.RAY_WORKER_NICENESS`, read by the raylet.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray runs workers at niceness 15 by default; on CPU that puts the engine behind everything else here.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        # Serve's controller wakes ten times a second by default (ray/serve/_private/constants.py, 2.60), which an idle
+        # two-core machine notices; scaling decisions come from figures of a second at best.
+        os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
+        os.environ.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "1000")
         import ray
 
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}

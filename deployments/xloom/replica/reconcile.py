@@ -16,7 +16,7 @@ from xloom.protocol import AdapterRef, XloomError
 logger = logging.getLogger(__name__)
 
 POLL_S = 10.0  # one long poll
-REPORT_S = 1.0
+REPORT_S = 3.0  # and at once after a change
 RETRY_S = 1.0  # after a failure that may pass
 IN_USE_POLL_S = 0.05
 

@@ -24,7 +24,8 @@ from xloom.wire import FrameReader, FrameWriter
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.5
+POLL_S = 0.5  # while no replica is connected
+STEADY_POLL_S = 3.0  # otherwise: each look costs a call to every replica and the controller's time
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 20.0  # without a report a replica counts as lost; long, since a starved machine is slow, not dead
 
@@ -117,7 +118,7 @@ class Directory:
                 logger.warning("looking for replicas failed: %s", error)
             self._poke.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S):
+                async with asyncio.timeout(STEADY_POLL_S if self.links else POLL_S):
                     await self._poke.wait()
 
     async def _keep(self, info: ReplicaInfo) -> None:

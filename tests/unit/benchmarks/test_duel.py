@@ -41,6 +41,15 @@ def test_processor_time_is_per_output_token(duel: Duel) -> None:
     assert duel.rival.cpu_per_token(1) == pytest.approx({"worker": 500.0, "client": 100.0})
 
 
+def test_a_run_beside_a_busy_stranger_is_marked(duel: Duel) -> None:
+    loads = [Load(1, 8, 128, 128)]
+    assert not duel.disturbed(1)
+    assert "disturbed" not in str(tables([duel], loads, 3, [])[0]["rows"])
+    duel.baseline.samples[1][0] = replace(duel.baseline.samples[1][0], strangers=1.5)
+    assert duel.disturbed(1)
+    assert "1.50 (disturbed)" in str(tables([duel], loads, 3, [])[0]["rows"])
+
+
 def test_every_row_of_every_table_fills_its_columns(duel: Duel) -> None:
     made = tables([duel], [Load(1, 8, 128, 128)], 3, [])
     assert len(made) == 5
