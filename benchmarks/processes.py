@@ -48,6 +48,9 @@ def role(process: psutil.Process, root: psutil.Process) -> str:
     line = " ".join(words)
     if title.startswith("ray::") or "/ray/" in line:
         return "Ray's own"
+    if "multiprocessing.spawn" in line:  # vLLM could not set their titles
+        parent = process.parent()
+        return "worker" if parent is not None and role(parent, root) == "engine core" else "engine core"
     if process == root:
         return "API server" if "api_server" in line else "launcher"
     return "other"
