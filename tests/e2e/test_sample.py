@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from xloom.settings import SAMPLE, load_settings
+from xloom.settings import load_settings
 
 from .served import Served
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not list(SAMPLE.glob("base/*.safetensors")), reason="the sample's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 
 SETTINGS = load_settings(None)
 NAMES = ["base", *(entry.name for entry in [*SETTINGS.adapters, *SETTINGS.xlora])]

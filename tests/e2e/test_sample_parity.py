@@ -13,10 +13,7 @@ from xloom.settings import SAMPLE, load_settings
 from ..models import peft_greedy
 from .served import Served
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not list(SAMPLE.glob("base/*.safetensors")), reason="the sample's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 
 TEXTS = ["def read_lines(path):\n    ", '{"name": "', "The import statement ", "12 + 30 = "]
 NEW_TOKENS = 24
