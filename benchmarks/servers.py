@@ -188,6 +188,8 @@ class Server:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray's 15 would put the peers' engines behind the client; xloom sets this for itself.
+            "RAY_worker_niceness": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
         environment.pop("OMP_NUM_THREADS", None)

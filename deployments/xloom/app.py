@@ -169,8 +169,6 @@ class Cluster:
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray runs workers at niceness 15 by default; on CPU that puts the engine behind everything else here.
-        os.environ.setdefault("RAY_worker_niceness", "0")
         # Serve's controller wakes ten times a second by default (ray/serve/_private/constants.py, 2.60), which an idle
         # two-core machine notices; scaling decisions come from figures of a second at best.
         os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
