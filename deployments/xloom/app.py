@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import secrets
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from xloom.adapters.manifest import Entry
+from xloom.adapters.manifest import Entry, Overrides
 from xloom.protocol import XloomError
 from xloom.settings import Settings
 
@@ -127,15 +128,8 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
     for adapter in settings.adapters:
         await store.add(adapter.name, adapter.source, "lora", replace=True)
     for bundle in settings.xlora:
-        await store.add(
-            bundle.name,
-            bundle.source,
-            "xlora",
-            top_k=bundle.top_k,
-            temperature=bundle.temperature,
-            mixing_mode=bundle.mixing_mode,
-            replace=True,
-        )
+        overrides = Overrides(bundle.top_k, bundle.temperature, bundle.mixing_mode)
+        await store.add(bundle.name, bundle.source, "xlora", overrides, replace=True)
     return store, await store.entries()
 
 
@@ -210,6 +204,8 @@ class Cluster:
             serve.delete(APP_NAME)  # the store stays: it is the cluster's
             ray.shutdown()
             return
+        # Actors now die because they are told to: not news. Relied on: listen_error_messages, Ray 2.60.
+        ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
         # Serve lets requests finish for as long as the drain timeout allows; whoever pressed Ctrl-C waits less.
         ending = threading.Thread(target=serve.shutdown, daemon=True)
         ending.start()
@@ -250,9 +246,9 @@ def serve_forever(settings: Settings) -> None:
             cluster.start()
             status.update("Preparing adapters")
             store, entries = asyncio.run(open_adapters(settings))
-            _deploy(settings, store, entries, cluster, status, stop)
+            port = _deploy(settings, store, entries, cluster, status, stop)
         if not stop.is_set():
-            _greet(settings, entries)
+            _greet(settings, entries, port)
             stop.wait()
     except _Interrupted:
         pass
@@ -283,9 +279,11 @@ def _deploy(
     cluster: Cluster,
     status: Any,
     stop: threading.Event,
-) -> None:
+) -> int:
+    """Start the application and wait until it can answer; returns the port it listens on."""
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: the terminal is ours
     started = time.monotonic()
     # No proxies: the router listens itself (see router/deployment.py).
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
@@ -293,18 +291,19 @@ def _deploy(
     status.update(f"Loading {settings.model.source}")
     serve.run(application, name=APP_NAME, route_prefix=None, blocking=False)
     router = serve.get_deployment_handle("router", APP_NAME)
-    while settings.replicas.min > 0 and not stop.is_set():
-        if router.describe.remote().result(timeout_s=30)["ready"]:
-            break
+    while True:
+        router_is = router.describe.remote().result(timeout_s=30)
+        if router_is["ready"] or settings.replicas.min == 0 or stop.is_set():
+            return int(router_is["port"])
         if time.monotonic() - started > START_TIMEOUT_S:
             raise XloomError("start_timeout", "No replica was ready in time.", "See the logs of the replicas.", 504)
         status.update(f"Waiting for a replica ({time.monotonic() - started:.0f} s)")
         time.sleep(0.2)
 
 
-def _greet(settings: Settings, entries: tuple[Entry, ...]) -> None:
+def _greet(settings: Settings, entries: tuple[Entry, ...], port: int) -> None:
     host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::", "localhost") else settings.router.host
-    url = f"http://{host}:{settings.router.port}"
+    url = f"http://{host}:{port}"
     bundles = [entry.name for entry in entries if entry.kind == "xlora"]
     names = [settings.model.served_name, *(entry.name for entry in entries)]
     model = bundles[0] if bundles else names[-1]

@@ -27,6 +27,7 @@ POLL_S = 0.05
 API_KEY = "e2e-user"
 ADMIN_KEY = "e2e-admin"
 MARKER = "XLOOM_E2E_RUN"  # inherited by all that the server starts, detached or not
+SERVED_AT = re.compile(r"at http://127\.0\.0\.1:(\d+)/v1")
 RAY_FOLDER = re.compile(r"/tmp/xloom-[^/\s=,:]+")
 
 
@@ -49,9 +50,10 @@ def wait_until(holds: Callable[[], bool], timeout_s: float, what: str, period_s:
 class Served:
     """One running deployment. `settings` are the file's contents; the stores' folders and keys are added."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any] | None, **environment: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(
+        self, folder: Path, settings: dict[str, Any] | None, *, port: int | None = None, **environment: str
+    ) -> None:
+        self._connect(free_port() if port is None else port)
         self._run = uuid.uuid4().hex
         self._log = folder / "serve.log"
         command = [str(Path(sys.executable).with_name("xloom")), "serve"]
@@ -74,6 +76,10 @@ class Served:
                 env=self._environment,
                 start_new_session=True,
             )
+
+    def _connect(self, port: int) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(
             base_url=self.url, timeout=180, headers={"Authorization": f"Bearer {API_KEY}"}, trust_env=False
         )
@@ -82,7 +88,7 @@ class Served:
     # From start to end.
 
     def wait_ready(self) -> None:
-        """Wait until a replica can answer; what the server said is in the failure."""
+        """Wait until a replica can answer; what the server said is in the failure. Port 0: it says which it took."""
         try:
             wait_until(self._is_ready, START_S, "a ready server", 0.25)
         except BaseException:
@@ -92,6 +98,10 @@ class Served:
 
     def _is_ready(self) -> bool:
         assert self.process.poll() is None, f"xloom serve ended with {self.process.returncode}"
+        if self.port == 0:
+            if said := SERVED_AT.search(self.printed()):
+                self._connect(int(said[1]))
+            return False
         try:
             return self.http.get("/ready", timeout=5).status_code == 200
         except httpx.TransportError:
@@ -114,7 +124,7 @@ class Served:
             wait_until(lambda: not self.processes(), max(0.5, STOP_S - took), f"no process left: {self.processes()}")
             assert not [folder for folder in folders if folder.exists()]
         except BaseException:
-            print(log, self._log.read_text(errors="replace"), *map(describe, self.processes()), sep="\n")
+            print(log, self.printed(), *map(describe, self.processes()), sep="\n")
             self.kill()
             raise
         return took
@@ -149,9 +159,13 @@ class Served:
                 lines.append(" ".join(process.cmdline()))
         return {Path(match) for line in lines for match in RAY_FOLDER.findall(line)}
 
+    def printed(self) -> str:
+        """What it printed."""
+        return self._log.read_text(errors="replace")
+
     def log(self) -> str:
         """What it printed, and the end of its replicas' logs."""
-        parts = [self._log.read_text(errors="replace")]
+        parts = [self.printed()]
         for folder in self._ray_folders():
             for file in sorted(folder.glob("session_latest/logs/serve/*.log")) + sorted(
                 folder.glob("session_latest/logs/worker-*.err")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .served import Served
 
 pytestmark = pytest.mark.slow
 
+FOREIGN = re.compile(r"INFO|WARNING|ERROR|\(raylet\)|Traceback")
 SETTINGS = load_settings(None)
 NAMES = ["base", *(entry.name for entry in [*SETTINGS.adapters, *SETTINGS.xlora])]
 
@@ -24,10 +26,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     # The sample's stores are under the home folder; what vLLM has compiled there may be used again.
     (folder / "home").mkdir()
     compiled = os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache" / "vllm"))
-    served = Served(folder, None, HOME=str(folder / "home"), VLLM_CACHE_ROOT=compiled)
+    served = Served(folder, None, port=0, HOME=str(folder / "home"), VLLM_CACHE_ROOT=compiled)
     served.wait_ready()
     yield served
     served.stop()
+    # Ray, Serve and vLLM have their own logs: whoever types the command reads ours.
+    assert not FOREIGN.search(served.printed()), served.printed()
 
 
 def test_every_name_is_listed_with_its_kind(server: Served) -> None:

@@ -17,7 +17,7 @@ import ray
 from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
 from xloom.adapters.cache import NodeCache
 from xloom.adapters.client import StoreClient, find_store, open_store
-from xloom.adapters.manifest import generation_of
+from xloom.adapters.manifest import Overrides, generation_of
 from xloom.protocol import XloomError
 
 pytestmark = pytest.mark.timeout(120)
@@ -76,7 +76,7 @@ async def test_what_is_added_is_listed_and_comes_through_the_object_store(
     store: StoreClient, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     code = await store.add("code", str(sources["code"]))
-    blend = await store.add("blend", str(sources["blend"]), top_k=2)
+    blend = await store.add("blend", str(sources["blend"]), overrides=Overrides(top_k=2))
     assert [(entry.name, entry.kind) for entry in await store.entries()] == [("code", "lora"), ("blend", "xlora")]
     files = await store.fetch(blend.generation)
     assert generation_of(files) == blend.generation
@@ -212,6 +212,7 @@ async def test_residency_is_waited_for(store: StoreClient, sources: dict[str, Pa
 
 async def test_an_engine_that_refuses_an_adapter_ends_the_wait(store: StoreClient, sources: dict[str, Path]) -> None:
     entry = await store.add("code", str(sources["code"]))
+    await store.report("one", "node", [])  # there, and without it
     waiting = asyncio.ensure_future(store.await_resident("code", entry.generation, 30))
     await store.report("one", "node", [], {entry.key: "out of memory"})
     with pytest.raises(XloomError) as caught:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
 from xloom.adapters.manifest import (
+    NO_OVERRIDES,
     Entry,
     Manifest,
     ManifestFile,
@@ -47,7 +48,8 @@ class AdapterCatalog:
 
     `manifest.json` names the entries; `prepared/<generation>/` holds what replicas load; `incoming/` is scratch.
     `stage` is slow and may run in several threads at once; `commit` and `remove` are quick. A failure at any
-    point, a crash included, leaves the manifest as it was or as it was to be, never between.
+    point, a crash included, leaves the manifest as it was or as it was to be, never between. What a replacement
+    took the place of is kept as long as this process lives, so that `revert` can bring it back.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class AdapterCatalog:
         self._prepared = folder / "prepared"
         self._incoming = folder / "incoming"
         self._changing = Lock()
+        self._replaced: dict[str, Entry] = {}  # by name: what the newest replacement took the place of
         self._prepared.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._incoming, ignore_errors=True)  # of an add that a crash cut short
         self._incoming.mkdir()
@@ -93,10 +96,8 @@ class AdapterCatalog:
         name: str,
         source: str,
         kind: str | None = None,
+        overrides: Overrides = NO_OVERRIDES,
         *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        mixing_mode: str | None = None,
         replace: bool = False,
         max_rank: int | None = None,
     ) -> Entry:
@@ -105,7 +106,6 @@ class AdapterCatalog:
         Adding what is there already changes nothing; other content under the same name is adapter_exists
         unless `replace`.
         """
-        overrides = Overrides(top_k, temperature, mixing_mode)
         with self.stage(name, source, kind, overrides) as staged:
             return self.commit(staged, replace=replace, max_rank=max_rank)
 
@@ -184,13 +184,16 @@ class AdapterCatalog:
                     409,
                 )
             target = self._prepared / entry.generation
+            kept = self._replaced
             try:
                 if not target.is_dir():
                     _sync_files(staged.folder)
                     os.replace(staged.folder, target)
                     sync_folder(self._prepared)
+                self._replaced = kept | ({entry.name: old} if old else {})
                 self._change(self._manifest.with_entry(entry))
             except OSError as error:
+                self._replaced = kept
                 self._collect()
                 raise _unwritable(self._prepared.parent, error) from None
             return entry
@@ -206,7 +209,18 @@ class AdapterCatalog:
                     "See the list of adapters for those there are.",
                     404,
                 )
+            self._replaced.pop(name, None)
             self._change(self._manifest.without(name))
+            return entry
+
+    def revert(self, name: str, generation: str) -> Entry | None:
+        """Undo the add of an entry: what it replaced comes back, else it is removed. None when it is there no more."""
+        with self._changing:
+            entry = self._manifest.get(name)
+            if entry is None or entry.generation != generation:
+                return None
+            old = self._replaced.pop(name, None)
+            self._change(self._manifest.with_entry(old) if old else self._manifest.without(name))
             return entry
 
     def files(self, generation: str) -> dict[str, bytes]:
@@ -232,8 +246,8 @@ class AdapterCatalog:
         self._collect()
 
     def _collect(self) -> None:
-        """Delete the generations that no entry names."""
-        named = {entry.generation for entry in self._manifest.entries}
+        """Delete the generations that no entry names, nor one that may come back."""
+        named = {entry.generation for entry in (*self._manifest.entries, *self._replaced.values())}
         for folder in self._prepared.iterdir():
             if folder.name not in named:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from xloom.adapters.manifest import Entry, Manifest, Overrides
+from xloom.adapters.manifest import NO_OVERRIDES, Entry, Manifest, Overrides
 from xloom.adapters.residency import ReplicaReport
 from xloom.adapters.store import AdapterStore
 from xloom.protocol import XloomError
@@ -39,20 +39,21 @@ class StoreClient:
         name: str,
         source: str,
         kind: str | None = None,
+        overrides: Overrides = NO_OVERRIDES,
         *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        mixing_mode: str | None = None,
         replace: bool = False,
         max_rank: int | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
-        overrides = Overrides(top_k, temperature, mixing_mode)
         return cast(Entry, await self._call("add", name, source, kind, overrides, replace, max_rank))
 
     async def remove(self, name: str) -> Entry | None:
         """Take an adapter out; its entry, None when the store died after removing it. Raises adapter_not_found."""
         return cast("Entry | None", await self._call("remove", name, gone="adapter_not_found"))
+
+    async def revert(self, name: str, generation: str) -> Entry | None:
+        """Undo an add; see `AdapterCatalog.revert`."""
+        return cast("Entry | None", await self._call("revert", name, generation))
 
     async def entries(self) -> tuple[Entry, ...]:
         """All adapters and bundles."""

@@ -23,6 +23,9 @@ class Overrides(msgspec.Struct, frozen=True, omit_defaults=True):
     mixing_mode: str | None = None
 
 
+NO_OVERRIDES = Overrides()
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One adapter or bundle, prepared and ready to be fetched."""
 
@@ -33,7 +36,7 @@ class Entry(msgspec.Struct, frozen=True):
     targets: tuple[str, ...]  # kinds of module: q_proj, down_proj...
     size: int  # bytes
     source: str
-    overrides: Overrides = Overrides()
+    overrides: Overrides = NO_OVERRIDES
     added_at: float = 0.0  # seconds since the epoch
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from xloom.adapters.catalog import AdapterCatalog
-from xloom.adapters.manifest import Entry, Manifest, Overrides
+from xloom.adapters.manifest import NO_OVERRIDES, Entry, Manifest, Overrides
 from xloom.adapters.residency import ReplicaReport, Residency
 from xloom.protocol import XloomError
 
@@ -51,14 +51,14 @@ class AdapterStore:
         name: str,
         source: str,
         kind: str | None = None,
-        overrides: Overrides | None = None,
+        overrides: Overrides = NO_OVERRIDES,
         replace: bool = False,
         max_rank: int | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
         catalog = await self._catalog()
         async with self._staging:
-            stage = catalog.stage(name, source, kind, overrides or Overrides())
+            stage = catalog.stage(name, source, kind, overrides)
             staged = await asyncio.to_thread(stage.__enter__)
             try:
                 async with self._committing:
@@ -73,6 +73,14 @@ class AdapterStore:
         catalog = await self._catalog()
         async with self._committing:
             entry = await asyncio.to_thread(catalog.remove, name)
+        await self._wake()
+        return entry
+
+    async def revert(self, name: str, generation: str) -> Entry | None:
+        """Undo an add; see `AdapterCatalog.revert`."""
+        catalog = await self._catalog()
+        async with self._committing:
+            entry = await asyncio.to_thread(catalog.revert, name, generation)
         await self._wake()
         return entry
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import APIRouter, FastAPI, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from xloom.adapters.manifest import Entry
+from xloom.adapters.manifest import NO_OVERRIDES, Entry, Overrides
 from xloom.adapters.residency import ReplicaReport
 from xloom.protocol import XloomError
 from xloom.router.catalog import Catalog
@@ -26,14 +26,13 @@ class Store(Protocol):
         name: str,
         source: str,
         kind: str | None = None,
+        overrides: Overrides = NO_OVERRIDES,
         *,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        mixing_mode: str | None = None,
         replace: bool = False,
         max_rank: int | None = None,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
+    async def revert(self, name: str, generation: str) -> Entry | None: ...
     async def await_resident(self, name: str, generation: str, timeout_s: float) -> list[str]: ...
     async def await_absent(self, name: str, generation: str, timeout_s: float) -> None: ...
     async def residency(self) -> dict[str, ReplicaReport]: ...
@@ -75,22 +74,20 @@ class Control:
 
     async def add(self, wanted: LoadAdapter) -> Entry:
         """Take an adapter in and wait until every live replica holds it. Raises `XloomError`."""
-        had = {entry.name for entry in self.catalog.entries}
+        had = {entry.key for entry in self.catalog.entries}
         entry = await self.store.add(
             wanted.lora_name,
             wanted.lora_path,
             wanted.kind,
-            top_k=wanted.top_k,
-            temperature=wanted.temperature,
-            mixing_mode=wanted.mixing_mode,
+            Overrides(wanted.top_k, wanted.temperature, wanted.mixing_mode),
             replace=wanted.load_inplace,
             max_rank=self.max_lora_rank,
         )
         try:
             await self.store.await_resident(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
         except XloomError as error:
-            if error.code == "adapter_load_failed" and entry.name not in had:
-                await self.store.remove(entry.name)  # it never served: leave nothing behind
+            if error.code == "adapter_load_failed" and entry.key not in had:
+                await self.store.revert(entry.name, entry.generation)  # it never served: all is as it was
             raise
         await self.catalog.catch_up(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
         return entry

@@ -59,7 +59,7 @@ def test_an_adapter_is_prepared_under_its_generation_and_survives_a_restart(open
 
 def test_a_bundle_is_recognised_and_stacked_with_its_overrides(open_catalog: Open, bundle: Path) -> None:
     catalog = open_catalog()
-    entry = catalog.add("blend", str(bundle), top_k=2, mixing_mode="gated")
+    entry = catalog.add("blend", str(bundle), overrides=Overrides(2, None, "gated"))
     assert (entry.kind, entry.overrides) == ("xlora", Overrides(2, None, "gated"))
     files = catalog.files(entry.generation)
     routing = json.loads(files["xlora.json"])["routing"]
@@ -71,8 +71,8 @@ def test_overrides_are_part_of_a_bundles_generation(open_catalog: Open, bundle: 
     catalog = open_catalog()
     generations = {
         catalog.add("a", str(bundle)).generation,
-        catalog.add("b", str(bundle), top_k=1).generation,
-        catalog.add("c", str(bundle), temperature=0.5).generation,
+        catalog.add("b", str(bundle), overrides=Overrides(top_k=1)).generation,
+        catalog.add("c", str(bundle), overrides=Overrides(temperature=0.5)).generation,
     }
     assert len(generations) == 3
 
@@ -132,7 +132,7 @@ def test_adding_the_same_again_changes_nothing(open_catalog: Open, lora: Path) -
     assert catalog.version == version
 
 
-def test_other_content_needs_replace_and_then_frees_the_old(
+def test_other_content_needs_replace_and_then_hides_the_old(
     open_catalog: Open, lora: Path, other_lora: Path, tmp_path: Path
 ) -> None:
     catalog = open_catalog()
@@ -141,10 +141,41 @@ def test_other_content_needs_replace_and_then_frees_the_old(
     assert (error.code, error.status) == ("adapter_exists", 409)
     new = catalog.add("code", str(other_lora), replace=True)
     assert new.generation != old.generation
-    assert prepared(tmp_path) == {new.generation}
     with pytest.raises(XloomError) as caught:
         catalog.files(old.generation)
     assert caught.value.code == "generation_not_found"
+    assert prepared(tmp_path) == {old.generation, new.generation}
+    catalog.remove("code")
+    assert prepared(tmp_path) == set()
+
+
+def test_a_replacement_can_be_undone(open_catalog: Open, lora: Path, other_lora: Path, tmp_path: Path) -> None:
+    catalog = open_catalog()
+    old = catalog.add("code", str(lora))
+    new = catalog.add("code", str(other_lora), replace=True)
+    assert catalog.revert("code", old.generation) is None  # no longer what is there
+    assert catalog.revert("code", new.generation) == new
+    assert catalog.entries() == (old,)
+    assert prepared(tmp_path) == {old.generation}
+    assert catalog.files(old.generation)
+
+
+def test_undoing_a_first_add_removes_it(open_catalog: Open, lora: Path, tmp_path: Path) -> None:
+    catalog = open_catalog()
+    entry = catalog.add("code", str(lora))
+    assert catalog.revert("code", entry.generation) == entry
+    assert catalog.entries() == ()
+    assert prepared(tmp_path) == set()
+
+
+def test_a_new_process_keeps_nothing_to_go_back_to(
+    open_catalog: Open, lora: Path, other_lora: Path, tmp_path: Path
+) -> None:
+    catalog = open_catalog()
+    catalog.add("code", str(lora))
+    new = catalog.add("code", str(other_lora), replace=True)
+    assert open_catalog().entries() == (new,)
+    assert prepared(tmp_path) == {new.generation}
 
 
 def test_files_stay_until_the_last_name_is_removed(open_catalog: Open, lora: Path, tmp_path: Path) -> None:
@@ -228,8 +259,8 @@ def test_pickled_weights_are_refused(open_catalog: Open, lora: Path, tmp_path: P
 def test_kinds_are_told_apart(open_catalog: Open, lora: Path, bundle: Path) -> None:
     assert refused(open_catalog(), "code", lora, kind="xlora").code == "wrong_kind"
     assert refused(open_catalog(), "blend", bundle, kind="lora").code == "wrong_kind"
-    assert refused(open_catalog(), "code", lora, top_k=1).code == "invalid_override"
-    assert refused(open_catalog(), "blend", bundle, top_k=9).code == "invalid_override"
+    assert refused(open_catalog(), "code", lora, overrides=Overrides(top_k=1)).code == "invalid_override"
+    assert refused(open_catalog(), "blend", bundle, overrides=Overrides(top_k=9)).code == "invalid_override"
 
 
 def test_a_source_over_the_limits_is_refused(open_catalog: Open, lora: Path) -> None:

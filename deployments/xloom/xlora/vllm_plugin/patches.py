@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xloom.xlora.routing import Routing
 
 _applied = False
@@ -37,6 +39,9 @@ def _patch_punica(platform: Any) -> None:
         # LoRA kernels can't be traced; ours is one opaque operator.
         original = type(platform).check_and_update_config.__func__
         type(platform).check_and_update_config = classmethod(_compiled_with_lora(original))
+        # vllm.compilation.decorators._try_load_aot_compiled_fn asks each cached graph to finish its loading, and
+        # compiles anew when it can't. What plain Inductor makes, as on CPU, has nothing to finish.
+        torch.compiler.load_compiled_function = _finalizable(torch.compiler.load_compiled_function)
     elif platform.is_cuda_alike():
         type(platform).get_punica_wrapper = classmethod(lambda cls: "xloom.xlora.vllm_plugin.punica_gpu.GatedPunicaGPU")
 
@@ -51,6 +56,18 @@ def _compiled_with_lora(original: Callable[[Any, Any], None]) -> Callable[[Any, 
             vllm_config.lora_config = lora
 
     return check_and_update_config
+
+
+def _finalizable(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_compiled_function(*args: Any, **kwargs: Any) -> Any:
+        loaded = original(*args, **kwargs)
+        compiled = loaded._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda vllm_config: None
+        return loaded
+
+    return load_compiled_function
 
 
 def _then(original: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:
