@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from xloom.engines.base import Capabilities, LLMBackend
+from xloom.engines.base import Capabilities, Device, LLMBackend
 from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest, XloomError
 
 PAGE = 16  # tokens
@@ -41,7 +41,11 @@ class FakeBackend(LLMBackend):
         return None
 
     @classmethod
-    async def load(cls, model: Any, engine: Any, *, xlora: bool, max_lora_rank: int) -> FakeBackend:
+    def device(cls) -> Device:
+        return "cpu"
+
+    @classmethod
+    async def load(cls, model: Any, engine: Any, *, xlora: bool, max_lora_rank: int, isq: Any = None) -> FakeBackend:
         return cls(**engine.extra_args)
 
     def die(self, error: BaseException) -> None:

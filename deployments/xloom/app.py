@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from xloom.adapters.manifest import Entry, Overrides
+from xloom.engines.registry import backend_for
 from xloom.protocol import XloomError
 from xloom.settings import Settings
 
@@ -235,6 +236,7 @@ class Cluster:
 
 def serve_forever(settings: Settings) -> None:
     """Serve until interrupted, then stop all that was started. Raises `XloomError`."""
+    backend_for(settings)  # refuses what can't be served before anything starts
     stop = threading.Event()
     previous = {
         each: signal.signal(each, lambda number, frame: _interrupt(stop, frame))

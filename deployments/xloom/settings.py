@@ -16,6 +16,7 @@ SAMPLE = Path(__file__).parent / "sample"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # no path parts, by construction
 
 MixingMode = Literal["additive", "concatenate", "gated"]
+IsqMethod = Literal["awq", "gptq", "rtn", "smoothquant"]
 
 
 class _Section(BaseModel):
@@ -55,6 +56,17 @@ class EngineSettings(_Section):
     extra_args: dict[str, Any] = {}  # any other engine argument, passed through
 
 
+class IsqSettings(_Section):
+    """In-situ quantisation of the base model's weights at load; the names and defaults of ADR-008's `IsqConfig`."""
+
+    bits: Literal[2, 4, 8, "auto"] = 4  # auto: the most that fits the memory at hand
+    method: IsqMethod = "awq"
+    calibration_samples: int = Field(128, ge=1)  # texts
+    group_size: int = Field(128, ge=1)  # input channels that share a scale, at 2 and 4 bits
+    calibration: str = "sample"  # the sample's own text, a local .txt, .json or .jsonl file, or a hub dataset
+    cache: str = "~/.cache/xloom/quantised"  # quantised models by content; node-local
+
+
 class AdapterSettings(_Section):
     """A LoRA adapter to serve under its name."""
 
@@ -77,7 +89,6 @@ class ReplicaSettings(_Section):
     max: int = Field(1, ge=1)
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)  # per replica; 0 on CPU
-    cpu_cores: list[str] | None = None  # core lists such as "0-3", one a replica slot; None: chosen by xloom
     target_queue_depth: float = Field(8, gt=0)  # waiting requests a replica
     target_kv_occupancy: float = Field(0.8, gt=0, le=1)
     upscale_delay_s: float = Field(5, ge=0)
@@ -115,6 +126,7 @@ class Settings(_Section):
 
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
+    isq: IsqSettings | None = None  # None: the weights as they are
     adapters: list[AdapterSettings] = []
     xlora: list[XLoraSettings] = []
     replicas: ReplicaSettings = ReplicaSettings()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest
 
 if TYPE_CHECKING:
-    from xloom.settings import EngineSettings, ModelSettings
+    from xloom.settings import EngineSettings, IsqSettings, ModelSettings
+
+Device = Literal["cpu", "cuda", "metal"]
+IsqCase = tuple[str, int]  # method and bits
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Capabilities:
 
     paged_attention: bool
     xlora: bool
-    devices: tuple[str, ...]  # of cpu, cuda, metal
-    isq_methods: tuple[str, ...] = field(default=())
+    devices: tuple[Device, ...]
+    isq: Mapping[Device, frozenset[IsqCase]] = field(default_factory=dict)
 
 
 class LLMBackend(ABC):
@@ -43,8 +46,24 @@ class LLMBackend(ABC):
 
     @classmethod
     @abstractmethod
-    async def load(cls, model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int) -> LLMBackend:
-        """Start the engine with the model; with `xlora`, ready for X-LoRA bundles. Raises `XloomError`."""
+    def device(cls) -> Device:
+        """What it would run on here. Quick: nothing heavy is imported."""
+
+    @classmethod
+    @abstractmethod
+    async def load(
+        cls,
+        model: ModelSettings,
+        engine: EngineSettings,
+        *,
+        xlora: bool,
+        max_lora_rank: int,
+        isq: IsqSettings | None = None,
+    ) -> LLMBackend:
+        """Start the engine with the model; with `xlora`, ready for X-LoRA bundles; with `isq`, its weights quantised.
+
+        Raises `XloomError`.
+        """
 
     @abstractmethod
     async def submit(self, request: TokenRequest) -> None:

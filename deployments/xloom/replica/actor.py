@@ -13,7 +13,7 @@ from ray import serve
 
 from xloom.adapters.cache import NodeCache
 from xloom.engines.base import LLMBackend
-from xloom.engines.registry import backend_class
+from xloom.engines.registry import backend_for
 from xloom.replica.reconcile import Reconciler
 from xloom.replica.server import ReplicaServer
 from xloom.settings import Settings
@@ -38,9 +38,13 @@ class EngineReplica:
         self._node = ray.get_runtime_context().get_node_id()
         self._drain_timeout_s = settings.replicas.drain_timeout_s
         self._closed = False
-        kind = backend_class(settings.engine.backend)
+        kind = backend_for(settings)
         self._backend: LLMBackend = await kind.load(
-            settings.model, settings.engine, xlora=settings.xlora_enabled, max_lora_rank=max_lora_rank
+            settings.model,
+            settings.engine,
+            xlora=settings.xlora_enabled,
+            max_lora_rank=max_lora_rank,
+            isq=settings.isq,
         )
         cache = NodeCache(Path(settings.store.cache))
         self._reconciler = Reconciler(self._backend, store, cache, self._replica_id, self._node)
