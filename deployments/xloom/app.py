@@ -37,6 +37,7 @@ START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 15.0
 EXIT_TIMEOUT_S = 3.0
 START_ATTEMPTS = 3
+START_LOG_LINES = 15  # shown when a start fails with an error that is not ours
 ROUTER_CPUS = 0.1
 _KILL_MARGIN_S = 10.0  # after the drain, for the engine to stop
 
@@ -291,7 +292,11 @@ def _deploy(
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     application = build(settings, store, lora_rank(settings, entries), cluster.placing)
     status.update(f"Loading {settings.model.source}")
-    serve.run(application, name=APP_NAME, route_prefix=None, blocking=False)
+    try:
+        serve.run(application, name=APP_NAME, route_prefix=None, blocking=False)
+    except RuntimeError as error:
+        deployments = serve.status().applications[APP_NAME].deployments
+        raise _start_failed([each.message for each in deployments.values()] or [str(error)]) from None
     router = serve.get_deployment_handle("router", APP_NAME)
     while True:
         router_is = router.describe.remote().result(timeout_s=30)
@@ -301,6 +306,14 @@ def _deploy(
             raise XloomError("start_timeout", "No replica was ready in time.", "See the logs of the replicas.", 504)
         status.update(f"Waiting for a replica ({time.monotonic() - started:.0f} s)")
         time.sleep(0.2)
+
+
+def _start_failed(messages: list[str]) -> XloomError:
+    """Serve's account of why a deployment did not start: tracebacks, of which the last line counts."""
+    lines = [line for message in messages for line in message.strip().splitlines() if line.strip()]
+    named = [line for line in lines if "XloomError: " in line]
+    said = named[-1].partition("XloomError: ")[2] if named else "\n".join(lines[-START_LOG_LINES:])
+    return XloomError("start_failed", f"The deployment did not start: {said}", "Mend what it says, start again.", 500)
 
 
 def _greet(settings: Settings, entries: tuple[Entry, ...], port: int) -> None:

@@ -1,4 +1,4 @@
-"""Replicas come and go: scaling on real signals, the loss of one under load, and Ctrl-C amid it all."""
+"""Replicas come and go behind two routers: scaling on real signals, the loss of one under load, Ctrl-C amid it all."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from .served import API_KEY, STOP_S, TOKENS, Served, wait_until
+from ..models import ADAPTERS, tiny_adapter
+from .served import ADMIN_KEY, API_KEY, STOP_S, TOKENS, Served, wait_until
 from .weights import Weights, settings_for
 
 pytestmark = [pytest.mark.slow]
@@ -42,6 +44,7 @@ def server(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             "downscale_delay_s": 10,
             "drain_timeout_s": 20,
         },
+        router={"replicas": 2, "api_key": API_KEY, "admin_key": ADMIN_KEY},
     )
     served = Served(tmp_path_factory.mktemp("scaled"), settings)
     served.wait_ready()
@@ -77,6 +80,27 @@ def load(server: Served) -> Iterator[None]:
 
 def scale_up(server: Served) -> None:
     wait_until(lambda: len(replicas(server)) == 2, SCALE_UP_S, "two replicas", 0.25)
+
+
+def test_two_routers_share_the_port_and_what_is_served(server: Served, weights: Weights, tmp_path: Path) -> None:
+    def ask(route: str) -> dict[str, Any]:
+        """Over a connection of its own, which the kernel gives to one of the two."""
+        answer = httpx.get(f"{server.url}{route}", headers={"Authorization": f"Bearer {API_KEY}"}, trust_env=False)
+        assert answer.status_code == 200, answer.text
+        body: dict[str, Any] = answer.json()
+        return body
+
+    wait_until(lambda: len({ask("/xloom/status")["router"]["id"] for _ in range(20)}) == 2, 60, "two routers")
+    adapter = tiny_adapter(tmp_path / "gamma", weights.base, seed=21, **ADAPTERS[2])
+    assert server.load("gamma", adapter).status_code == 200
+
+    def everywhere(served: bool) -> bool:
+        lists = [{model["id"] for model in ask("/v1/models")["data"]} for _ in range(20)]
+        return all(("gamma" in names) is served for names in lists)
+
+    wait_until(lambda: everywhere(True), 10, "gamma known to both routers")
+    assert server.unload("gamma").status_code == 200
+    wait_until(lambda: everywhere(False), 10, "gamma forgotten by both routers")
 
 
 def test_a_queue_brings_a_second_replica_and_calm_takes_it_away(server: Served) -> None:

@@ -42,6 +42,7 @@ class Dispatcher:
     def __init__(
         self, discover: Discover, token: str, router_id: str, *, ready_timeout_s: float = READY_TIMEOUT_S
     ) -> None:
+        self.router_id = router_id
         self.directory = Directory(discover, token, router_id, self)
         self.on_tokens: OnStep = lambda chunks: None
         self.on_failed: OnFailed = lambda request_id, error: None

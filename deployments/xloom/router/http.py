@@ -157,12 +157,12 @@ def attach_routes(app: FastAPI, control: Control) -> None:
         return {"ready": True, "replicas": len(control.dispatcher.directory.links)}
 
     async def status() -> dict[str, Any]:
-        in_flight = control.dispatcher.in_flight
+        dispatcher = control.dispatcher
         return {
             "model": control.model,
             "replicas": control.replicas(),
             "adapters": control.adapters(),
-            "router": {"in_flight": in_flight},
+            "router": {"id": dispatcher.router_id, "in_flight": dispatcher.in_flight},
         }
 
     async def adapters() -> dict[str, Any]:

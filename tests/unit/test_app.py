@@ -1,0 +1,25 @@
+"""What the composition root says when a deployment does not start."""
+
+from __future__ import annotations
+
+from xloom.app import _start_failed
+
+TRACE = """The deployment failed to start 3 times in a row. See controller logs for details.
+ray::ServeReplica:xloom:engine.initialize_and_get_metadata() (pid=1)
+  File "actor.py", line 41, in __init__
+xloom.protocol.XloomError: No model could be read from '/nowhere': no such folder. Name a local folder. [model_not_loadable]
+"""
+
+
+def test_our_own_error_is_shown_without_its_traceback() -> None:
+    error = _start_failed(["", TRACE])
+    assert error.code == "start_failed"
+    assert "No model could be read from '/nowhere'" in error.message
+    assert "[model_not_loadable]" in error.message
+    assert "line 41" not in error.message
+
+
+def test_anothers_error_is_shown_with_the_end_of_its_traceback() -> None:
+    error = _start_failed([TRACE.rpartition("xloom.protocol")[0] + "ValueError: no kernel for this\n"])
+    assert "line 41" in error.message
+    assert error.message.endswith("ValueError: no kernel for this")
