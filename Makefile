@@ -14,13 +14,13 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
 
 install: ## make the virtual environment and install xloom with its pinned requirements
-	@$(INSTALL) cpu
+	@$(INSTALL) cpu isq
 
 serve: install ## serve the sample, or SETTINGS=file.yaml, at PORT=8000
 	@exec $(BIN)/xloom serve $(SETTINGS) --port $(PORT)
 
 test: ## run the tests (TESTS=tests/unit for a part)
-	@$(INSTALL) cpu dev
+	@$(INSTALL) cpu mistralrs isq dev
 	@$(BIN)/python -m pytest $(TESTS)
 
 lint: ## ruff and mypy
@@ -35,7 +35,7 @@ format: ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 bench: ## measure, side by side with peers (see docs/benchmarks.md)
-	@$(INSTALL) cpu bench
+	@$(INSTALL) cpu mistralrs isq bench
 	@$(BIN)/python -m benchmarks
 
 clean: ## remove caches and the virtual environment

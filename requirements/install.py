@@ -18,7 +18,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("cpu", "dev", "bench")
+EXTRAS = ("core", "edge", "cpu", "mistralrs", "isq", "dev", "bench")
+BASES = ("core", "edge", "cpu")  # each stands alone; the others come on top of one, of cpu unless said otherwise
+SUBSETS = ("core", "edge")  # files of names: the pins are those of cpu.lock
+OVERLAYS = {"isq": Path("share/xloom/isq")}  # folders inside the environment that it does not import from by itself
 SUPPORTED = ((3, 11), (3, 13))  # oldest and newest Python
 BOOTSTRAP = ("pip", "setuptools")  # first: an older pip lacks the dry-run report used below
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -36,21 +39,26 @@ def say(text: str) -> None:
 
 
 def lock_file(extra: str) -> Path:
-    """The lock file of an extra."""
-    return ROOT / "requirements" / f"{extra}.lock"
+    """The file that says what an extra brings."""
+    return ROOT / "requirements" / f"{extra}.{'names' if extra in SUBSETS else 'lock'}"
 
 
 def pins(extra: str) -> dict[str, str]:
-    """Each requirement line of a lock file, by lower-case name."""
+    """Each requirement line of an extra, by lower-case name."""
     lines = (line.split("#")[0].strip() for line in lock_file(extra).read_text(encoding="utf-8").splitlines())
-    return {line.split("==")[0].lower(): line for line in lines if line}
+    wanted = [line for line in lines if line]
+    if extra in SUBSETS:
+        cpu = pins("cpu")
+        return {name.lower(): cpu[name.lower()] for name in wanted}
+    return {line.split("==")[0].lower(): line for line in wanted}
 
 
 def digest(extra: str) -> str:
     """A hash of all that decides what an extra installs."""
     content = hashlib.sha256()
-    for file in (lock_file(extra), ROOT / "pyproject.toml"):
-        content.update(file.read_bytes())
+    for line in sorted(pins(extra).values()):
+        content.update(f"{line}\n".encode())
+    content.update((ROOT / "pyproject.toml").read_bytes())
     content.update(str(ROOT).encode())
     return content.hexdigest()
 
@@ -183,7 +191,13 @@ def install(venv: Path, extras: list[str]) -> None:
         if "torch" in needed:
             install_torch(venv, needed["torch"])
         say(f"Installing {extra}: {len(needed)} packages")
-        pip(venv, "install", "--no-deps", "-r", str(lock_file(extra)), total=len(needed))
+        where = []
+        if extra in OVERLAYS:
+            folder = venv / OVERLAYS[extra]
+            shutil.rmtree(folder, ignore_errors=True)  # pip adds to such a folder, and takes nothing out
+            where = ["--target", str(folder)]
+        lines = [line for name, line in needed.items() if name not in ("torch", *BOOTSTRAP)]
+        pip(venv, "install", "--no-deps", *where, *lines, total=len(lines))
     say("Installing xloom")
     pip(venv, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     partial = venv / f"{STAMP}.part"
@@ -205,7 +219,8 @@ def main() -> int:
     unknown = [extra for extra in arguments.extras if extra not in EXTRAS]
     if unknown:
         parser.error(f"unknown extra {unknown[0]!r}; choose from {', '.join(EXTRAS)}")
-    extras = ["cpu", *[extra for extra in arguments.extras if extra != "cpu"]]
+    bases = [base for base in BASES if base in arguments.extras] or ["cpu"]
+    extras = [*bases, *[extra for extra in arguments.extras if extra not in BASES]]
     try:
         install(arguments.venv.absolute(), extras)
     except InstallError as error:
