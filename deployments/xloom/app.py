@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ from xloom.protocol import XloomError
 from xloom.settings import Settings
 
 if TYPE_CHECKING:
+    import psutil
     from ray.serve import Application
 
     from xloom.adapters.client import StoreClient
@@ -39,6 +41,7 @@ EXIT_TIMEOUT_S = 3.0
 START_ATTEMPTS = 3
 START_LOG_LINES = 15  # shown when a start fails with an error that is not ours
 ROUTER_CPUS = 0.1
+RUN_MARK = "XLOOM_RUN"  # in the environment of all that a local cluster starts
 _KILL_MARGIN_S = 10.0  # after the drain, for the engine to stop
 
 console = Console(stderr=True)
@@ -141,6 +144,7 @@ class Cluster:
     def __init__(self, settings: Settings) -> None:
         self.is_local = not os.environ.get("RAY_ADDRESS")
         self._folder: Path | None = None
+        self._run = uuid.uuid4().hex
         cores = os.cpu_count() or 1
         wanted = settings.replicas.cpus
         # Serve never starts a replica that asks for more than the machine has.
@@ -157,6 +161,8 @@ class Cluster:
         if self.is_local and "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if self.is_local:
+            os.environ[RUN_MARK] = self._run
         # An actor without GPUs keeps its view of the machine: the router's vLLM must recognise the platform.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray runs its workers at nice 15, and the engines with them: any other process would starve them. The name is
@@ -222,13 +228,27 @@ class Cluster:
         import psutil
         import ray
 
-        started = psutil.Process().children(recursive=True) if self.is_local else []
         ray.shutdown()
-        _, left = psutil.wait_procs(started, timeout=EXIT_TIMEOUT_S)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=EXIT_TIMEOUT_S)
+        if not self.is_local:
+            return
+        psutil.wait_procs(self._started(), timeout=EXIT_TIMEOUT_S)
+        for _ in range(2):  # an engine that was just starting may have started a process meanwhile
+            left = self._started()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=EXIT_TIMEOUT_S)
+
+    def _started(self) -> list[psutil.Process]:
+        """The living processes of this cluster, whoever is their parent by now: they all inherit its mark."""
+        import psutil
+
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and process.environ().get(RUN_MARK) == self._run:
+                    found.append(process)
+        return found
 
     def _sweep(self) -> None:
         if self._folder is not None:

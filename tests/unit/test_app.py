@@ -7,7 +7,7 @@ from xloom.app import _start_failed
 TRACE = """The deployment failed to start 3 times in a row. See controller logs for details.
 ray::ServeReplica:xloom:engine.initialize_and_get_metadata() (pid=1)
   File "actor.py", line 41, in __init__
-xloom.protocol.XloomError: No model could be read from '/nowhere': no such folder. Name a local folder. [model_not_loadable]
+xloom.protocol.XloomError: No model could be read from '/nowhere'. Name a local folder. [model_not_loadable]
 """
 
 
