@@ -24,7 +24,7 @@ from rich.console import Console
 from xloom.adapters.manifest import Entry, Overrides
 from xloom.engines.registry import backend_for
 from xloom.protocol import XloomError
-from xloom.settings import Settings
+from xloom.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:
     import psutil
@@ -255,8 +255,19 @@ class Cluster:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def check_model(model: ModelSettings) -> None:
+    """Raise `XloomError` (model_not_loadable) for a local folder without a model: sooner than an engine would."""
+    if Path(model.source).is_absolute() and not (Path(model.source) / "config.json").is_file():
+        raise XloomError(
+            "model_not_loadable",
+            f"There is no model at {model.source}: it has no config.json.",
+            "Name a local folder with config.json and safetensors, or a hub id.",
+        )
+
+
 def serve_forever(settings: Settings) -> None:
     """Serve until interrupted, then stop all that was started. Raises `XloomError`."""
+    check_model(settings.model)
     backend_for(settings)  # refuses what can't be served before anything starts
     stop = threading.Event()
     previous = {

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from xloom.app import _start_failed
+from pathlib import Path
+
+import pytest
+
+from xloom.app import _start_failed, check_model
+from xloom.protocol import XloomError
+from xloom.settings import SAMPLE, ModelSettings
 
 TRACE = """The deployment failed to start 3 times in a row. See controller logs for details.
 ray::ServeReplica:xloom:engine.initialize_and_get_metadata() (pid=1)
   File "actor.py", line 41, in __init__
 xloom.protocol.XloomError: No model could be read from '/nowhere'. Name a local folder. [model_not_loadable]
 """
+
+
+def test_a_folder_without_a_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(XloomError) as caught:
+        check_model(ModelSettings(source=str(tmp_path)))
+    assert caught.value.code == "model_not_loadable"
+    check_model(ModelSettings(source=str(SAMPLE / "base")))
+    check_model(ModelSettings(source="org/model"))  # a hub id: the engine will see
 
 
 def test_our_own_error_is_shown_without_its_traceback() -> None:
