@@ -186,12 +186,17 @@ def _explain(error: ValidationError) -> str:
     return " ".join(lines)
 
 
-def parse_settings(data: dict[str, Any]) -> Settings:
-    """Validate settings given as plain data. Raises `XloomError` (invalid_settings) naming each wrong key."""
+def parse_settings(data: dict[str, Any], *, with_keys: bool = True) -> Settings:
+    """Validate settings given as plain data; keys they lack come from the environment, unless told otherwise.
+
+    Raises `XloomError` (invalid_settings) naming each wrong key.
+    """
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:
         raise XloomError("invalid_settings", _explain(error), "Mend the settings file and start again.") from None
+    if not with_keys:
+        return settings
     keys = {
         "api_key": settings.router.api_key or _secret("XLOOM_API_KEY"),
         "admin_key": settings.router.admin_key or _secret("XLOOM_ADMIN_KEY"),
@@ -210,7 +215,7 @@ def client_key() -> str | None:
     return secret.get_secret_value() if secret else None
 
 
-def load_settings(path: Path | None) -> Settings:
+def load_settings(path: Path | None, *, with_keys: bool = True) -> Settings:
     """Read a YAML settings file, or the sample's own when `path` is None. Raises `XloomError`."""
     file = path or SAMPLE / "settings.yaml"
     try:
@@ -221,7 +226,7 @@ def load_settings(path: Path | None) -> Settings:
         raise XloomError("invalid_settings", f"{file} is not YAML: {error}", "Mend the file.") from None
     if not isinstance(data, dict):
         raise XloomError("invalid_settings", f"{file} must hold a mapping of settings.", "See docs/settings.md.")
-    return parse_settings(_absolute_sources(data, file.parent))
+    return parse_settings(_absolute_sources(data, file.parent), with_keys=with_keys)
 
 
 def _absolute_sources(data: dict[str, Any], folder: Path) -> dict[str, Any]:

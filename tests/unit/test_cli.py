@@ -216,9 +216,9 @@ def test_the_endpoints_own_error_code_reaches_the_user(
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """What `serve_forever` is called with; Ray is not started."""
     calls: list[Settings] = []
-    app = types.ModuleType("xloom.app")
+    app = types.ModuleType("xloom.launch")
     app.serve_forever = calls.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "xloom.app", app)
+    monkeypatch.setitem(sys.modules, "xloom.launch", app)
     return calls
 
 
@@ -257,9 +257,9 @@ def test_serve_ends_with_130_on_an_interrupt(
     def interrupted(settings: Settings) -> None:
         raise KeyboardInterrupt
 
-    app = types.ModuleType("xloom.app")
+    app = types.ModuleType("xloom.launch")
     app.serve_forever = interrupted  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "xloom.app", app)
+    monkeypatch.setitem(sys.modules, "xloom.launch", app)
     assert main(["serve"]) == 130
     assert capsys.readouterr().err == ""
 
@@ -270,9 +270,9 @@ def test_serve_shows_an_errors_code_and_cure(
     def fails(settings: Settings) -> None:
         raise XloomError("port_in_use", "Port 8000 is taken.", "Choose another with --port.")
 
-    app = types.ModuleType("xloom.app")
+    app = types.ModuleType("xloom.launch")
     app.serve_forever = fails  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "xloom.app", app)
+    monkeypatch.setitem(sys.modules, "xloom.launch", app)
     assert main(["serve"]) == 2
     assert capsys.readouterr().err == "Port 8000 is taken. [port_in_use]\nChoose another with --port.\n"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xloom.protocol import XloomError
 from xloom.settings import Settings, load_settings
 
 
@@ -19,15 +18,7 @@ def chosen_settings(file: Path | None, port: int | None) -> Settings:
 def serve(file: Path | None, port: int | None) -> int:
     """Serve until interrupted. Raises `XloomError`."""
     settings = chosen_settings(file, port)
-    try:
-        from xloom.app import serve_forever  # late: the other commands run without Ray
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("xloom"):
-            raise
-        raise XloomError(
-            "missing_package",
-            f"Serving needs the package {error.name!r}, which is not installed.",
-            "Run `make install`, or `xloom doctor` for all that is missing.",
-        ) from None
+    from xloom.launch import serve_forever  # late: the other commands run without Ray
+
     serve_forever(settings)
     return 0

@@ -1,4 +1,4 @@
-"""What the composition root says when a deployment does not start."""
+"""What `xloom serve` says when a deployment does not start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xloom.app import _start_failed, check_model
+from xloom.launch import _start_failed, check_model
 from xloom.protocol import XloomError
 from xloom.settings import SAMPLE, ModelSettings
 
