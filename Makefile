@@ -7,7 +7,7 @@ INSTALL = $(PYTHON) requirements/install.py --venv $(VENV)
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format bench clean
+.PHONY: help install serve cluster test matrix lint format bench clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
@@ -19,9 +19,16 @@ install: ## make the virtual environment and install xloom with its pinned requi
 serve: install ## serve the sample, or SETTINGS=file.yaml, at PORT=8000
 	@exec $(BIN)/xloom serve $(SETTINGS) --port $(PORT)
 
+cluster: install ## a Ray cluster of two nodes on this machine, serving SETTINGS (default: cluster/local.yaml)
+	@exec $(BIN)/python cluster/local_cluster.py $(SETTINGS)
+
 test: ## run the tests (TESTS=tests/unit for a part)
 	@$(INSTALL) cpu mistralrs isq dev
 	@$(BIN)/python -m pytest $(TESTS)
+
+matrix: ## test each combination of extras in an environment of its own (long)
+	@$(INSTALL) cpu mistralrs isq dev
+	@$(BIN)/nox
 
 lint: ## ruff and mypy
 	@$(INSTALL) cpu dev
@@ -39,5 +46,5 @@ bench: ## measure, side by side with peers (see docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks
 
 clean: ## remove caches and the virtual environment
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache deployments/*.egg-info
+	rm -rf $(VENV) .nox build dist .pytest_cache .mypy_cache .ruff_cache deployments/*.egg-info
 	find deployments tests benchmarks requirements -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -122,7 +122,8 @@ def pip(venv: Path, *arguments: str, total: int = 0) -> None:
         lines.append(line.rstrip())
         if total and line.startswith(("Collecting ", "Processing ", "Requirement already satisfied: ")):
             count += 1
-            name = line.split(": ")[-1].split(" (from")[0].split()[-1].rsplit("/", 1)[-1]
+            words = line.removeprefix("Requirement already satisfied: ").split(" (from")[0].split(" in ")[0].split()
+            name = words[-1].rsplit("/", 1)[-1]
             if sys.stdout.isatty():
                 print(f"\r  [{count}/{total}] {name:<60}", end="", flush=True)
             elif count % 25 == 0 or count == total:

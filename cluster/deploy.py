@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Deploy a settings file on the Ray cluster this runs on: what `ray submit` and `ray job submit` start.
+
+The deployment stays when this ends; keys come from the cluster's environment (XLOOM_API_KEY, XLOOM_ADMIN_KEY).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from xloom.commands.build import build_config
+from xloom.protocol import XloomError
+from xloom.settings import load_settings
+
+POLL_S = 0.5
+
+
+def deploy(file: Path | None, wait_s: float, console: Console) -> str:
+    """Deploy, and wait until a replica can answer; returns what is served and where. Raises `XloomError`."""
+    settings = load_settings(file, with_keys=False)
+    [described] = build_config(settings)["applications"]
+    import ray
+    from ray import serve
+
+    from xloom.app import application
+
+    ray.init(address="auto", namespace="xloom", logging_level="ERROR")
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+    console.print(f"Deploying {settings.model.source}", highlight=False)
+    serve.run(application(described["args"]), name=described["name"], route_prefix=None, blocking=False)
+    router = serve.get_deployment_handle("router", described["name"])
+    deadline = time.monotonic() + wait_s
+    while True:
+        state = router.describe.remote().result(timeout_s=30)
+        if state["ready"] or settings.replicas.min == 0:
+            names = [settings.model.served_name, *(entry.name for entry in (*settings.adapters, *settings.xlora))]
+            return f"Serving {', '.join(names)} at port {state['port']} of the nodes with a router."
+        if time.monotonic() > deadline:
+            cure = "See `serve status`, and the replicas' logs in Ray's dashboard."
+            raise XloomError("start_timeout", f"No replica was ready within {wait_s:g} s.", cure, 504)
+        time.sleep(POLL_S)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: ray job submit --working-dir cluster -- python deploy.py local.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="?", type=Path, metavar="SETTINGS", help="YAML file (default: the sample)")
+    parser.add_argument("--wait", type=float, default=900, metavar="S", help="seconds to wait for a replica (900)")
+    arguments = parser.parse_args()
+    console = Console()
+    try:
+        console.print(deploy(arguments.settings, arguments.wait, console), highlight=False)
+    except XloomError as error:
+        console.print(f"{error}", style="red", markup=False, highlight=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
