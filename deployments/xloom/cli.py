@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from xloom.commands import quantize
 from xloom.commands.adapters import add_adapter, list_adapters, remove_adapter
-from xloom.commands.doctor import diagnose
+from xloom.commands.build import write_config
+from xloom.commands.doctor import diagnose, show_isq
 from xloom.commands.endpoint import DEFAULT_URL, Endpoint
 from xloom.commands.serve import serve
 from xloom.commands.status import show_status
@@ -33,6 +35,14 @@ def port_number(text: str) -> int:
     return port
 
 
+def positive(text: str) -> int:
+    """A number of things, at least one."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -44,6 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_status(commands)
     _add_adapters(commands)
+    _add_chat(commands)
+    _add_generate(commands)
+    quantize.add_parser(commands)
+    _add_build(commands)
     _add_doctor(commands)
     return parser
 
@@ -117,16 +131,83 @@ def _add_adapters(commands: Any) -> None:
     )
 
 
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME", help="base, adapter or bundle (default: the first bundle, else base)"
+    )
+    parser.add_argument("--url", help="an endpoint to ask (default: the model is loaded in this process)")
+    parser.add_argument("--api-key", "--admin-key", dest="api_key", help="the endpoint's (default: XLOOM_API_KEY)")
+    parser.add_argument("--max-tokens", type=positive, default=256, metavar="N", help="of an answer (default: 256)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: the likeliest (default: the model's own)")
+    _json_option(parser)
+
+
+def _add_chat(commands: Any) -> None:
+    text = "Talk with a model, in this process or, with --url, at an endpoint. One message may come from stdin."
+    parser = _command(commands, "chat", text, 'xloom chat --model code --message "Write a loop."')
+    parser.add_argument("settings", nargs="?", type=Path, metavar="SETTINGS", help="YAML file (default: the sample)")
+    parser.add_argument("--message", metavar="TEXT", help="answer this alone (default: talk)")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    _model_options(parser)
+    parser.set_defaults(run=_run_chat)
+
+
+def _add_generate(commands: Any) -> None:
+    text = "Continue a text, by a model in this process or, with --url, at an endpoint."
+    parser = _command(commands, "generate", text, 'xloom generate "def main():" --model code --max-tokens 64')
+    parser.usage = "%(prog)s [SETTINGS] (PROMPT | --prompt TEXT) [options]"
+    parser.add_argument(
+        "words", nargs="*", metavar="[SETTINGS] PROMPT", help="YAML file (default: the sample); text, or - for stdin"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="the text, where it would pass for a file")
+    _model_options(parser)
+    parser.set_defaults(run=_run_generate)
+
+
+def _add_build(commands: Any) -> None:
+    text = "Write the file that `serve deploy` and a KubeRay RayService take, from a settings file."
+    parser = _command(commands, "build", text, "xloom build settings.yaml -o serve.yaml && serve deploy serve.yaml")
+    parser.add_argument("settings", nargs="?", type=Path, metavar="SETTINGS", help="YAML file (default: the sample)")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="(default: standard output)")
+    parser.set_defaults(run=lambda arguments, console: write_config(arguments.settings, arguments.out), json=False)
+
+
 def _add_doctor(commands: Any) -> None:
     text = "Say what is here, what is missing, and the command that mends it. Exits with 1 when serving can't work."
     parser = _command(commands, "doctor", text, "xloom doctor settings.yaml")
     parser.add_argument("settings", nargs="?", type=Path, metavar="SETTINGS", help="YAML file (default: the sample)")
+    parser.add_argument("--isq", action="store_true", help="say instead what each way of quantising is on each device")
     _json_option(parser)
-    parser.set_defaults(run=lambda arguments, console: diagnose(arguments.settings, console, as_json=arguments.json))
+    parser.set_defaults(run=_run_doctor)
 
 
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
     return Endpoint(arguments.url, arguments.admin_key or client_key())
+
+
+def _run_doctor(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.isq:
+        return show_isq(console, as_json=arguments.json)
+    return diagnose(arguments.settings, console, as_json=arguments.json)
+
+
+def _run_chat(arguments: argparse.Namespace, console: Console) -> int:
+    from xloom.commands.chat import chat
+    from xloom.commands.text_model import Options, opened
+
+    options = Options(arguments.max_tokens, arguments.temperature)
+    with opened(arguments.settings, arguments.url, arguments.api_key or client_key(), arguments.model) as source:
+        return chat(source, arguments.message, arguments.model, arguments.system, options, as_json=arguments.json)
+
+
+def _run_generate(arguments: argparse.Namespace, console: Console) -> int:
+    from xloom.commands.generate import generate, words_of
+    from xloom.commands.text_model import Options, opened
+
+    settings, prompt = words_of(arguments.words, arguments.prompt)
+    options = Options(arguments.max_tokens, arguments.temperature)
+    with opened(settings, arguments.url, arguments.api_key or client_key(), arguments.model) as source:
+        return generate(source, prompt, arguments.model, options, as_json=arguments.json)
 
 
 def _run_add(arguments: argparse.Namespace, console: Console) -> int:
@@ -160,6 +241,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments, console)
     except XloomError as error:
         _show_error(error, as_json=arguments.json)
+        return FAILED
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("xloom"):
+            raise
+        _show_error(
+            XloomError(
+                "missing_package",
+                f"This needs the package {error.name!r}, which is not installed.",
+                "`xloom doctor` says what is missing, and the command that installs it.",
+            ),
+            as_json=arguments.json,
+        )
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

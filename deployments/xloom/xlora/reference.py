@@ -5,17 +5,16 @@ Two full passes over the whole sequence for every token, as in PEFT; also the mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xloom.xlora.lora import LoraWeights, read_lora
-from xloom.xlora.mixing import gated_delta, rank_gates
+from xloom.protocol import XloomError
+from xloom.xlora.hooks import Adapter, Span, adapted
 from xloom.xlora.routing import Routing
 
 
@@ -24,34 +23,20 @@ class Reference:
     """A model and a prepared bundle on it. The model itself stays as it was."""
 
     model: nn.Module
-    weights: LoraWeights
+    bundle: Adapter
     routing: Routing
 
     @classmethod
     def load(cls, model: nn.Module, prepared: Path) -> Reference:
         """Read a prepared bundle for `model`. Raises `XloomError`."""
-        return cls(model, read_lora(prepared), Routing.load(prepared))
+        bundle = Adapter.load(prepared)
+        if bundle.routing is None:
+            raise XloomError("broken_bundle", f"{prepared} is a plain adapter.", "Give a prepared bundle.")
+        return cls(model, bundle, bundle.routing)
 
-    @contextmanager
-    def _mixed(self, gates: Tensor) -> Iterator[None]:
+    def _mixed(self, gates: Tensor) -> AbstractContextManager[None]:
         """Within it, every adapted module adds its gated delta; gates `[num_tokens, M, K]`."""
-        linears = dict(self.model.named_modules())
-        handles = []
-        for index, name in enumerate(self.routing.modules):
-            a, b = self.weights.tensors[name]
-            gate = rank_gates(gates[:, index], self.routing.segments[index])
-
-            def add(
-                module: nn.Module, args: Any, result: Tensor, a: Tensor = a, b: Tensor = b, g: Tensor = gate
-            ) -> Tensor:
-                return result + gated_delta(args[0].to(a.dtype), a, b, g.to(a.dtype)).to(result.dtype)
-
-            handles.append(linears[name].register_forward_hook(add))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return adapted(dict(self.model.named_modules()), [Span(slice(None), self.bundle, gates)])
 
     @torch.no_grad()
     def gates(self, ids: Sequence[int]) -> Tensor:

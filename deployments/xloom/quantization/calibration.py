@@ -1,0 +1,159 @@
+"""The text a method is calibrated on, and the text its result is judged by: never the same documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from xloom.protocol import XloomError
+
+LENGTH = 512  # tokens in a window
+SHARE = 16  # one document in so many is held out
+FILES = (".txt", ".json", ".jsonl")
+SAMPLE = "sample"
+
+Texts = list[list[str]]  # documents by domain
+
+
+def fingerprint(calibration: str) -> str:
+    """What decides the texts: the file's content, the sample's recipe, or the dataset's name."""
+    if calibration == SAMPLE:
+        from xloom.sample import corpus
+
+        assert corpus.__file__ is not None
+        source = Path(corpus.__file__).read_bytes()  # with CPython, whose library it reads, this fixes the corpus
+        return f"sample:{hashlib.sha256(source).hexdigest()}:{sys.version_info[:3]}"
+    file = _file(calibration)
+    if file is not None:
+        return f"file:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    return f"dataset:{calibration}"
+
+
+def documents(calibration: str, *, held_out: bool) -> Texts:
+    """The documents to calibrate on, or those kept from it. Raises `XloomError` (no_calibration)."""
+    if calibration == SAMPLE:
+        from xloom.sample.corpus import DOMAINS
+        from xloom.sample.corpus import documents as sample_documents
+
+        found = [text for text in sample_documents() if text.held_out == held_out]
+        return [[text.text for text in found if text.domain == domain] for domain in DOMAINS]
+    file = _file(calibration)
+    texts = list(_file_texts(file)) if file is not None else list(_dataset_texts(calibration))
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise XloomError(
+            "no_calibration", f"isq.calibration {calibration!r} holds no text.", "Name a file with text, or sample."
+        )
+    if len(texts) < 2 * SHARE:  # a few long ones: by piece instead
+        joined = "\n\n".join(texts)
+        piece = max(1, len(joined) // (2 * SHARE))
+        texts = [joined[start : start + piece] for start in range(0, len(joined), piece)]
+    return [[text for number, text in enumerate(texts) if (number % SHARE == SHARE - 1) == held_out]]
+
+
+def windows(
+    texts: Texts, encode: Callable[[str], Sequence[int]], count: int, length: int = LENGTH, seed: int = 0
+) -> list[list[int]]:
+    """At most `count` windows of `length` tokens, as many from each domain, documents joined in a random order.
+
+    A domain with less text gives fewer; the last window of all may be shorter, where there is no whole one.
+    """
+    rng = random.Random(seed)
+    made: list[list[list[int]]] = []
+    for number, domain in enumerate(texts):
+        wanted = count // len(texts) + (number < count % len(texts))
+        shuffled = rng.sample(domain, len(domain))
+        made.append(_cut(shuffled, encode, wanted, length))
+    turns = max((len(domain) for domain in made), default=0)
+    mixed = [domain[turn] for turn in range(turns) for domain in made if turn < len(domain)]
+    whole = [window for window in mixed if len(window) == length]
+    return whole or mixed
+
+
+def _cut(texts: Sequence[str], encode: Callable[[str], Sequence[int]], count: int, length: int) -> list[list[int]]:
+    tokens: list[int] = []
+    for text in texts:
+        if len(tokens) >= count * length:
+            break
+        tokens += encode(text)
+    return [tokens[start : start + length] for start in range(0, min(len(tokens), count * length), length)]
+
+
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """A tokenizer as `windows` wants it; the sample's special tokens are dropped where they mean nothing."""
+    from xloom.sample.corpus import SPECIAL_TOKENS
+
+    known = tokenizer.get_vocab()
+    strange = [token for token in SPECIAL_TOKENS if token not in known]
+
+    def encode(text: str) -> list[int]:
+        for token in strange:
+            text = text.replace(token, "\n")
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    return encode
+
+
+def _file(calibration: str) -> Path | None:
+    path = Path(calibration).expanduser()
+    if path.suffix not in FILES:
+        return None
+    if not path.is_file():
+        raise XloomError("no_calibration", f"There is no file {path}.", "Set isq.calibration to an existing file.")
+    return path
+
+
+def _file_texts(file: Path) -> Iterator[str]:
+    try:
+        content = file.read_text(encoding="utf-8")
+        if file.suffix == ".txt":
+            yield from content.split("\n\n")
+        elif file.suffix == ".jsonl":
+            yield from (_text_of(json.loads(line)) for line in content.splitlines() if line.strip())
+        else:
+            entries = json.loads(content)
+            yield from (_text_of(entry) for entry in (entries if isinstance(entries, list) else [entries]))
+    except (OSError, ValueError) as error:
+        raise XloomError("no_calibration", f"{file} can't be read: {error}", "Mend the file.") from None
+
+
+def _text_of(entry: Any) -> str:
+    """The text of a record: itself, its `text`, its chat `messages`, or its first field of text."""
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, dict):
+        if isinstance(entry.get("text"), str):
+            return str(entry["text"])
+        if isinstance(entry.get("messages"), list):
+            return "\n".join(str(message.get("content", "")) for message in entry["messages"])
+        for value in entry.values():
+            if isinstance(value, str):
+                return value
+    return ""
+
+
+def _dataset_texts(name: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise XloomError(
+            "missing_package", "A hub dataset needs the package datasets.", "pip install datasets", 500
+        ) from None
+    try:
+        dataset = load_dataset(name, split="train", streaming=True)
+        for number, entry in enumerate(dataset):
+            if number >= 20_000:
+                return
+            yield _text_of(entry)
+    except Exception as error:  # the hub's and the reader's errors have no common class
+        raise XloomError(
+            "no_calibration",
+            f"isq.calibration {name!r} is neither a {', '.join(FILES)} file nor a dataset that can be read: {error}",
+            "Name an existing file or dataset, or sample.",
+        ) from None
