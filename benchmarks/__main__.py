@@ -7,7 +7,7 @@ import sys
 
 from .report import ROOT
 
-NAMES = ("engine", "http")
+NAMES = ("engine", "http", "backends", "kv")
 
 
 def main() -> int:
