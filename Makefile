@@ -7,7 +7,7 @@ INSTALL = $(PYTHON) requirements/install.py --venv $(VENV)
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve cluster test matrix lint format bench clean
+.PHONY: help install serve cluster test matrix chart lint format bench clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
@@ -29,6 +29,11 @@ test: ## run the tests (TESTS=tests/unit for a part)
 matrix: ## test each combination of extras in an environment of its own (long)
 	@$(INSTALL) cpu mistralrs isq dev
 	@$(BIN)/nox
+
+chart: ## write the chart's README and schema from its values
+	@$(INSTALL) cpu dev
+	@$(BIN)/python helm/readme.py
+	@$(BIN)/python helm/schema.py
 
 lint: ## ruff and mypy
 	@$(INSTALL) cpu dev

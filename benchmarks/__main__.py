@@ -7,7 +7,7 @@ import sys
 
 from .report import ROOT
 
-NAMES = ("engine", "http", "backends", "kv")
+NAMES = ("engine", "http", "backends", "kv", "quantisation")
 
 
 def main() -> int:

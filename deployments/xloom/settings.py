@@ -61,7 +61,7 @@ class IsqSettings(_Section):
 
     bits: Literal[2, 4, 8, "auto"] = 4  # auto: the most that fits the memory at hand
     method: IsqMethod = "awq"
-    calibration_samples: int = Field(128, ge=1)  # texts
+    calibration_samples: int = Field(128, ge=1)  # windows of 512 tokens
     group_size: int = Field(128, ge=1)  # input channels that share a scale, at 2 and 4 bits
     calibration: str = "sample"  # the sample's own text, a local .txt, .json or .jsonl file, or a hub dataset
     cache: str = "~/.cache/xloom/quantised"  # quantised models by content; node-local

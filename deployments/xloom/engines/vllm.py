@@ -6,19 +6,24 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import logging
+import shutil
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.engines.base import Capabilities, Device, LLMBackend
+from xloom.engines.prompt import check_prompt
 from xloom.protocol import AdapterRef, EngineStats, Logprobs, TokenChunk, TokenRequest, XloomError
+from xloom.quantization import recipes
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.engine.core_client import AsyncMPClient
 
+    from xloom.quantization.folding import Folding
     from xloom.settings import EngineSettings, IsqSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -27,17 +32,28 @@ logger = logging.getLogger(__name__)
 class VLLMBackend(LLMBackend):
     """A vLLM engine core in a process of its own, spoken to as vLLM's API server does."""
 
-    def __init__(self, core: AsyncMPClient, num_pages: int, vocabulary: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        core: AsyncMPClient,
+        num_pages: int,
+        vocabulary: int,
+        max_model_len: int,
+        folding: Folding | None = None,
+    ) -> None:
         self._core = core
         self._num_pages, self._vocabulary, self._max_model_len = num_pages, vocabulary, max_model_len
         self._stats = EngineStats(kv_pages_total=num_pages)
         self._preemptions = 0
         self._adapters: dict[AdapterRef, LoRARequest] = {}
+        self._folding = folding  # of a base whose smoothing changed what its linears see
+        self._rescaled: Path | None = None  # adapters as such a base needs them; vLLM may read one again at any time
         self._dead: BaseException | None = None
 
     @classmethod
     def capabilities(cls) -> Capabilities:
-        return Capabilities(paged_attention=True, xlora=True, devices=("cpu", "cuda", "metal"))
+        devices: tuple[Device, ...] = ("cpu", "cuda", "metal")
+        isq = {device: recipes.cases(device) for device in devices}
+        return Capabilities(paged_attention=True, xlora=True, devices=devices, isq=isq)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -66,7 +82,11 @@ class VLLMBackend(LLMBackend):
         if missing:
             raise XloomError("backend_missing", missing, "", 500)
         from xloom.engines.vllm_arguments import engine_config
+        from xloom.quantization.folding import read_folding
 
+        if isq is not None:
+            model = await asyncio.to_thread(_quantised, model, engine, isq, cls.device(), xlora)
+        folding = await asyncio.to_thread(read_folding, Path(model.source))
         config = await asyncio.to_thread(engine_config, model, engine, xlora=xlora, max_lora_rank=max_lora_rank)
         # Relied on: EngineCoreClient.make_async_mp_client, Executor.get_class; vLLM 0.32.
         from vllm.v1.engine.core_client import EngineCoreClient
@@ -77,14 +97,19 @@ class VLLMBackend(LLMBackend):
         )
         pages = config.cache_config.num_gpu_blocks or 0  # the engine core reports it back at the end of its start
         logger.info("engine ready: %s, %d KV pages of %d tokens", model.source, pages, config.cache_config.block_size)
-        return cls(core, pages, config.model_config.get_vocab_size(), config.model_config.max_model_len)
+        return cls(core, pages, config.model_config.get_vocab_size(), config.model_config.max_model_len, folding)
 
     async def submit(self, request: TokenRequest) -> None:
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine import EngineCoreRequest
 
         from xloom.engines.vllm_sampling import sampling_from_dict
 
-        self._check_prompt(request.prompt_token_ids)
+        check_prompt(request.prompt_token_ids, vocabulary=self._vocabulary, max_model_len=self._max_model_len)
+        try:
+            sampling = sampling_from_dict(request.sampling)
+        except (ValueError, VLLMClientError) as error:  # msgspec's checks and vLLM's own
+            raise XloomError("invalid_sampling", str(error), "See vLLM's SamplingParams for what it takes.") from None
         lora = None
         if request.adapter is not None:
             lora = self._adapters.get(request.adapter)
@@ -97,7 +122,7 @@ class VLLMBackend(LLMBackend):
                 request_id=request.request_id,
                 prompt_token_ids=request.prompt_token_ids,
                 mm_features=None,
-                sampling_params=sampling_from_dict(request.sampling),
+                sampling_params=sampling,
                 pooling_params=None,
                 arrival_time=request.arrival_time,
                 lora_request=lora,
@@ -107,20 +132,6 @@ class VLLMBackend(LLMBackend):
                 **request.extra,
             )
         )
-
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
-        if not prompt or len(prompt) >= self._max_model_len:
-            raise XloomError(
-                "context_length_exceeded" if prompt else "empty_prompt",
-                f"The prompt has {len(prompt)} tokens; this engine takes 1 to {self._max_model_len - 1}.",
-                "Shorten the prompt, or raise engine.max_model_len.",
-            )
-        if max(prompt) >= self._vocabulary or min(prompt) < 0:
-            raise XloomError(
-                "invalid_token",
-                f"The prompt holds a token outside 0 to {self._vocabulary - 1}.",
-                "Check the tokenizer.",
-            )
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._core.abort_requests_async(list(request_ids))
@@ -159,6 +170,8 @@ class VLLMBackend(LLMBackend):
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
         from xloom.engines.vllm_lora import lora_request
 
+        if self._folding is not None:
+            path = await asyncio.to_thread(self._rescale, ref, path, self._folding)
         request = lora_request(ref, str(path))
         try:
             await self._core.add_lora_async(request)
@@ -171,10 +184,20 @@ class VLLMBackend(LLMBackend):
             ) from error
         self._adapters[ref] = request
 
+    def _rescale(self, ref: AdapterRef, prepared: Path, folding: Folding) -> Path:
+        from xloom.engines.vllm_lora import adapter_id
+        from xloom.quantization.folding import rescale
+
+        if self._rescaled is None:
+            self._rescaled = Path(tempfile.mkdtemp(prefix="xloom-adapters-"))
+        return rescale(prepared, self._rescaled / str(adapter_id(ref)), folding)
+
     async def remove_adapter(self, ref: AdapterRef) -> None:
         request = self._adapters.pop(ref, None)
         if request is not None:
             await self._core.remove_lora_async(request.lora_int_id)
+            if self._rescaled is not None:
+                await asyncio.to_thread(shutil.rmtree, self._rescaled / str(request.lora_int_id), ignore_errors=True)
 
     async def check_health(self) -> None:
         if self._dead is not None or self._core.resources.engine_dead:
@@ -182,6 +205,21 @@ class VLLMBackend(LLMBackend):
 
     async def close(self) -> None:
         await asyncio.to_thread(self._core.shutdown)
+        if self._rescaled is not None:
+            await asyncio.to_thread(shutil.rmtree, self._rescaled, ignore_errors=True)
+
+
+def _quantised(
+    model: ModelSettings, engine: EngineSettings, isq: IsqSettings, device: Device, xlora: bool
+) -> ModelSettings:
+    from xloom.engines.vllm_arguments import kv_bytes, no_float32
+    from xloom.quantization.quantise import quantised
+
+    if isq.bits != "auto" and device == "cpu" and engine.dtype == "float32":
+        if recipes.recipe_for(isq.method, isq.bits, device).scheme == "W4A16":
+            raise no_float32()  # before the work, not after
+    reserved = kv_bytes(model, engine, xlora=xlora, device=device) if isq.bits == "auto" else 0
+    return quantised(model, isq, device, reserved=reserved, ranks=engine.tensor_parallel_size)
 
 
 def _is_cpu_build() -> bool:

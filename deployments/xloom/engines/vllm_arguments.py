@@ -31,7 +31,7 @@ def engine_arguments(
         "revision": model.revision,
         "served_model_name": [model.served_name],
         "trust_remote_code": False,
-        "dtype": _dtype(engine.dtype, device),
+        "dtype": _dtype(engine.dtype, device, config),
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel_size,
@@ -80,6 +80,15 @@ def page_bytes(config: Any, block_size: int, dtype: str, xlora: bool) -> int:
     return int(2 * config.num_hidden_layers * kv_heads * head_dim * size * block_size * (2 if xlora else 1))
 
 
+def kv_bytes(model: ModelSettings, engine: EngineSettings, *, xlora: bool, device: str) -> int:
+    """Bytes of a replica's KV pages; on a GPU, which fills what is left, of one sequence of the full length."""
+    pages = engine.paged_attention
+    fixed = device == "cpu" or "max_blocks" in pages.model_fields_set
+    tokens = pages.max_blocks * pages.block_size if fixed else engine.max_model_len
+    config = _architecture(model)[1]
+    return tokens * page_bytes(config, 1, _dtype(engine.dtype, device, config), xlora)
+
+
 def _architecture(model: ModelSettings) -> tuple[str, Any]:
     from transformers import AutoConfig
 
@@ -122,14 +131,36 @@ def _xlora_architecture(architecture: str) -> str:
     return XLORA_PREFIX + architecture
 
 
-def _dtype(wanted: str, device: str) -> str:
-    if wanted != "auto" or device != "cpu":
+def _dtype(wanted: str, device: str, config: Any) -> str:
+    if device != "cpu":
+        return wanted
+    if _packed(config):
+        # cpu_gemm_wna16, which multiplies with 4-bit weights, is "not implemented for 'Float'"; vLLM 0.32.
+        if wanted == "float32":
+            raise no_float32()
+        return "bfloat16" if wanted == "auto" else wanted
+    if wanted != "auto":
         return wanted
     import torch
 
     # A CPU without bfloat16 arithmetic emulates it, slower than float32.
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"
+
+
+def no_float32() -> XloomError:
+    """What is wrong with float32 for 4-bit weights on CPU."""
+    return XloomError(
+        "unsupported_setting",
+        "On CPU 4-bit weights run in bfloat16 or float16, not in float32.",
+        "Set engine.dtype to auto, or isq.bits to 8.",
+    )
+
+
+def _packed(config: Any) -> bool:
+    """Whether the checkpoint's weights are 4-bit integers, and its activations are not quantised."""
+    quantised = getattr(config, "quantization_config", None) or {}
+    return isinstance(quantised, dict) and quantised.get("format") == "pack-quantized"
 
 
 def _lora_rank(rank: int) -> int:

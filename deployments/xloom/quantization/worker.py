@@ -194,8 +194,8 @@ class Folds:
         return found
 
 
-def quantise(job: Job, model: Any, data: list[dict[str, Tensor]], progress: Progress) -> dict[str, Tensor]:
-    """Calibrate and quantise in memory; returns the folding."""
+def quantise(job: Job, model: Any, data: list[dict[str, Tensor]], progress: Progress) -> Folds:
+    """Calibrate and quantise in memory; returns what was folded meanwhile."""
     from llmcompressor import oneshot
     from llmcompressor.core import LifecycleCallbacks
     from llmcompressor.pipelines.cache import IntermediatesCache
@@ -224,11 +224,11 @@ def quantise(job: Job, model: Any, data: list[dict[str, Tensor]], progress: Prog
         num_calibration_samples=job.samples,
         moe_calibrate_all_experts=False,
     )
-    return folds.tensors() if job.recipe.smooths else {}
+    return folds
 
 
 def narrow(job: Job, model: Any) -> None:
-    """Bring scales, embeddings and head to the checkpoint's own dtype, and 2-bit weights into their 4-bit container."""
+    """Bring all but the weights to the checkpoint's own dtype, and 2-bit weights into their 4-bit container."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
     recipe, dtype = job.recipe, getattr(torch, job.dtype)
@@ -236,8 +236,7 @@ def narrow(job: Job, model: Any) -> None:
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None:
             for parameter in module.parameters(recurse=False):
-                if parameter.ndim > 1:
-                    parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(dtype)
             continue
         if module.bias is not None:
             module.bias.data = module.bias.data.to(dtype)
@@ -287,10 +286,10 @@ def main(file: str) -> None:
     if job.recipe.calibrates:
         progress.stage("calibration text")
         data = batches(job, model.config.max_position_embeddings)
-    folding = quantise(job, model, data, progress)
+    folds = quantise(job, model, data, progress)
     progress.stage("save")
     narrow(job, model)
-    save(job, model, folding)
+    save(job, model, folds.tensors())  # by the norms as they are now, rounded
     result = {"seconds": round(time.perf_counter() - start, 3), "windows": sum(len(each["input_ids"]) for each in data)}
     (Path(job.out) / "worker.json").write_text(json.dumps(result), encoding="utf-8")
     progress.stage("done")

@@ -20,6 +20,7 @@ def apply() -> None:
     if _applied:
         return
     _applied = True
+    from vllm.lora.layers import base_linear
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.platforms import current_platform
@@ -29,6 +30,10 @@ def apply() -> None:
     LoRAModelManager.__init__ = _then(LoRAModelManager.__init__, _attach)
     # A bundle is loaded by vLLM as the LoRA adapter it is stacked into; its routing comes along.
     WorkerLoRAManager._load_adapter = _with_routing(WorkerLoRAManager._load_adapter)
+    if current_platform.is_cpu():
+        # _get_lora_device asks the base layer's weight, which CPUInt8ScaledMMLinearKernel has set to None once oneDNN
+        # holds a packed copy: LoRA on int8 weights would end in "'NoneType' object has no attribute 'device'".
+        base_linear._get_lora_device = _known_without_weight(base_linear._get_lora_device)
 
 
 def _patch_punica(platform: Any) -> None:
@@ -68,6 +73,16 @@ def _finalizable(original: Callable[..., Any]) -> Callable[..., Any]:
         return loaded
 
     return load_compiled_function
+
+
+def _known_without_weight(original: Callable[[Any], torch.device]) -> Callable[[Any], torch.device]:
+    @functools.wraps(original)
+    def _get_lora_device(base_layer: Any) -> torch.device:
+        if getattr(base_layer, "weight", base_layer) is None:
+            return torch.device("cpu")
+        return original(base_layer)
+
+    return _get_lora_device
 
 
 def _then(original: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:

@@ -1,0 +1,55 @@
+{{/* Name of the RayService and the stem of all other names. KubeRay takes at most 47 characters. */}}
+{{- define "xloom.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 47 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 47 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 47 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The service that KubeRay makes for the endpoint (GenerateServeServiceName, KubeRay 1.7). */}}
+{{- define "xloom.service" -}}
+{{ include "xloom.fullname" . }}-serve-svc
+{{- end -}}
+
+{{- define "xloom.selectorLabels" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "xloom.labels" -}}
+{{ include "xloom.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "xloom.headServiceAccount" -}}
+{{- default (printf "%s-head" (include "xloom.fullname" .)) .Values.serviceAccount.headName -}}
+{{- end -}}
+
+{{- define "xloom.workerServiceAccount" -}}
+{{- default (printf "%s-worker" (include "xloom.fullname" .)) .Values.serviceAccount.workerName -}}
+{{- end -}}
+
+{{- define "xloom.image" -}}
+{{- $variant := "cpu" -}}
+{{- range .Values.workerGroups }}{{ if gt (int (default 0 .gpus)) 0 }}{{ $variant = "cuda" }}{{ end }}{{ end -}}
+{{- printf "%s:%s" .Values.image.repository (default (printf "%s-%s" .Chart.AppVersion $variant) .Values.image.tag) -}}
+{{- end -}}
+
+{{- define "xloom.cacheClaim" -}}
+{{- default (printf "%s-cache" (include "xloom.fullname" .)) .Values.persistence.cache.existingClaim -}}
+{{- end -}}
+
+{{- define "xloom.storeClaim" -}}
+{{- default (printf "%s-store" (include "xloom.fullname" .)) .Values.persistence.store.existingClaim -}}
+{{- end -}}

@@ -1,0 +1,196 @@
+{{/* The parts of the head's and the workers' pods. Arguments: dict "root" $ "role" "head"|"worker" "group" GROUP. */}}
+
+{{- define "xloom.containerSecurity" -}}
+allowPrivilegeEscalation: false
+privileged: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "xloom.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ int .Values.podSecurityContext.runAsUser }}
+runAsGroup: {{ int .Values.podSecurityContext.runAsGroup }}
+fsGroup: {{ int .Values.podSecurityContext.fsGroup }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "xloom.podLabels" -}}
+{{ include "xloom.selectorLabels" .root }}
+app.kubernetes.io/component: {{ .role }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- with .group.podLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "xloom.env" -}}
+- {name: HOME, value: /home/xloom}
+- {name: HF_HOME, value: /var/cache/xloom/hub}
+- {name: VLLM_CACHE_ROOT, value: /var/cache/xloom/vllm}
+- {name: TORCHINDUCTOR_CACHE_DIR, value: /var/cache/xloom/inductor}
+- {name: TRITON_CACHE_DIR, value: /var/cache/xloom/triton}
+{{- if .root.Values.hub.offline }}
+- {name: HF_HUB_OFFLINE, value: "1"}
+{{- end }}
+- {name: VLLM_NO_USAGE_STATS, value: "1"}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+# Ray runs its workers, and the engines in them, at nice 15 (RAY_WORKER_NICENESS, Ray 2.60).
+- {name: RAY_worker_niceness, value: "0"}
+# A router has no GPU, but vLLM in it must recognise the platform (Ray 2.60).
+- {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}
+{{- if eq .root.Values.rayAuth.mode "disabled" }}
+- {name: RAY_AUTH_MODE, value: disabled}
+{{- end }}
+{{- with .root.Values.auth.existingSecret }}
+- name: XLOOM_API_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ . }}, key: {{ $.root.Values.auth.apiKey }}}
+- name: XLOOM_ADMIN_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ . }}, key: {{ $.root.Values.auth.adminKey }}, optional: true}
+{{- end }}
+{{- with .root.Values.hub.existingSecret }}
+- name: HF_TOKEN
+  valueFrom:
+    secretKeyRef: {name: {{ . }}, key: {{ $.root.Values.hub.tokenKey }}}
+{{- end }}
+{{- with .root.Values.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- with .group.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "xloom.hasStore" -}}
+{{- $store := .root.Values.persistence.store -}}
+{{- if and $store.enabled (or (eq .role "head") (has "ReadWriteMany" $store.accessModes)) }}yes{{ end -}}
+{{- end -}}
+
+{{- define "xloom.volumeMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: home, mountPath: /home/xloom}
+- {name: shared-mem, mountPath: /dev/shm}
+- {name: cache, mountPath: /var/cache/xloom}
+- {name: store, mountPath: /var/lib/xloom}
+{{- with .root.Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "xloom.volumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: home
+  emptyDir: {}
+- name: shared-mem
+  emptyDir:
+    medium: Memory
+    {{- with .group.shm }}
+    sizeLimit: {{ . }}
+    {{- end }}
+- name: cache
+  {{- $cache := .root.Values.persistence.cache }}
+  {{- if eq $cache.type "claim" }}
+  persistentVolumeClaim:
+    claimName: {{ include "xloom.cacheClaim" .root }}
+  {{- else if and (eq $cache.type "ephemeral") (eq .role "worker") }}
+  ephemeral:
+    volumeClaimTemplate:
+      spec:
+        accessModes: [ReadWriteOnce]
+        {{- with $cache.storageClass }}
+        storageClassName: {{ . }}
+        {{- end }}
+        resources:
+          requests:
+            storage: {{ $cache.size }}
+  {{- else }}
+  emptyDir: {}
+  {{- end }}
+- name: store
+  {{- if include "xloom.hasStore" . }}
+  persistentVolumeClaim:
+    claimName: {{ include "xloom.storeClaim" .root }}
+  {{- else }}
+  emptyDir: {}
+  {{- end }}
+{{- if and (eq .role "head") .root.Values.autoscaler.enabled }}
+# Only the autoscaler speaks to Kubernetes: its container alone is given the account's token.
+- name: autoscaler-tmp
+  emptyDir: {}
+- name: autoscaler-token
+  projected:
+    sources:
+      - serviceAccountToken: {path: token, expirationSeconds: 3607}
+      - configMap:
+          name: kube-root-ca.crt
+          items:
+            - {key: ca.crt, path: ca.crt}
+      - downwardAPI:
+          items:
+            - path: namespace
+              fieldRef: {fieldPath: metadata.namespace}
+{{- end }}
+{{- with .root.Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* What is the same in the spec of both. */}}
+{{- define "xloom.podSpec" -}}
+serviceAccountName: {{ eq .role "head" | ternary (include "xloom.headServiceAccount" .root) (include "xloom.workerServiceAccount" .root) }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+terminationGracePeriodSeconds: {{ include "xloom.grace" .root }}
+securityContext:
+  {{- include "xloom.podSecurity" .root | nindent 2 }}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .group.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .group.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .group.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .group.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+volumes:
+  {{- include "xloom.volumes" . | nindent 2 }}
+{{- end -}}
+
+{{/*
+Ray's start options. Its object store carries adapters only, so half of /dev/shm is enough: left to itself Ray asks for
+more than /dev/shm has and then keeps it on disk (ray._private.services.determine_plasma_store_config, Ray 2.60).
+Arguments: dict "group" GROUP "fixed" OPTIONS.
+*/}}
+{{- define "xloom.rayStartParams" -}}
+{{- $params := dict -}}
+{{- with .group.shm -}}
+{{- $unit := hasSuffix "Gi" . | ternary 1073741824 1048576 -}}
+{{- $_ := set $params "object-store-memory" (div (mul (regexFind "^[0-9]+" . | int64) $unit) 2 | toString) -}}
+{{- end -}}
+{{- mergeOverwrite $params (deepCopy (default dict .group.rayStartParams)) .fixed | toYaml -}}
+{{- end -}}
+
+{{/* Before a worker goes: wait until the router in it, if there is one, has answered all requests. */}}
+{{- define "xloom.drainScript" -}}
+{{ .Files.Get "files/drain.sh" | replace "__PORT__" (include "xloom.port" .) | replace "__DRAIN__" (include "xloom.drain" .) }}
+{{- end -}}

@@ -1,0 +1,74 @@
+{{/* The settings, with what only the chart knows: as JSON. */}}
+{{- define "xloom.settings" -}}
+{{- $ours := dict
+  "router" (dict "host" "0.0.0.0")
+  "store" (dict "path" "/var/lib/xloom/store" "cache" "/var/cache/xloom/adapters") -}}
+{{- if .Values.settings.isq }}{{ $_ := set $ours "isq" (dict "cache" "/var/cache/xloom/quantised") }}{{ end -}}
+{{- mergeOverwrite $ours (deepCopy .Values.settings) | toJson -}}
+{{- end -}}
+
+{{- define "xloom.port" -}}
+{{- dig "router" "port" 8000 .Values.settings | int -}}
+{{- end -}}
+
+{{/* Seconds, rounded up. */}}
+{{- define "xloom.drain" -}}
+{{- dig "replicas" "drain_timeout_s" 60 .Values.settings | float64 | ceil | int -}}
+{{- end -}}
+
+{{- define "xloom.grace" -}}
+{{- default (add (include "xloom.drain" .) 30) .Values.terminationGracePeriodSeconds | int -}}
+{{- end -}}
+
+{{- define "xloom.deletionDelay" -}}
+{{- default (add (include "xloom.grace" .) 30) .Values.rayClusterDeletionDelaySeconds | int -}}
+{{- end -}}
+
+{{- define "xloom.model" -}}
+{{- dig "model" "served_name" "base" .Values.settings -}}
+{{- end -}}
+
+{{/* What `serve deploy` takes, in the shape `xloom build` writes. */}}
+{{- define "xloom.serveConfig" -}}
+proxy_location: Disabled
+logging_config:
+  enable_access_log: false
+applications:
+  - name: xloom
+    route_prefix: null
+    import_path: xloom.app:application
+    args:
+      {{- include "xloom.settings" . | fromJson | toYaml | nindent 6 }}
+{{- end -}}
+
+{{/* How many engine replicas a pod of a group holds. Arguments here and below: dict "root" $ "group" GROUP "index" I. */}}
+{{- define "xloom.perPod" -}}
+{{- $replicas := dig "replicas" dict .root.Values.settings -}}
+{{- $each := floor (divf (default 1 .group.cpus) (dig "cpus" 1 $replicas)) | int -}}
+{{- $gpus := dig "gpus" 0 $replicas | float64 -}}
+{{- if gt $gpus 0.0 }}{{ $each = min $each (floor (divf (default 0 .group.gpus) $gpus) | int) }}{{ end -}}
+{{- $each -}}
+{{- end -}}
+
+{{- define "xloom.maxPods" -}}
+{{- if kindIs "invalid" .group.maxReplicas -}}
+{{- $wanted := max 1 (dig "replicas" "max" 1 .root.Values.settings | int) -}}
+{{- ceil (divf $wanted (max 1 (include "xloom.perPod" . | int))) | int -}}
+{{- else -}}
+{{- int .group.maxReplicas -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "xloom.minPods" -}}
+{{- if not (kindIs "invalid" .group.minReplicas) -}}
+{{- int .group.minReplicas -}}
+{{- else if not .root.Values.autoscaler.enabled -}}
+{{- include "xloom.maxPods" . -}}
+{{- else if eq (int .index) 0 -}}
+{{- $wanted := dig "replicas" "min" 1 .root.Values.settings | int -}}
+{{- $pods := ceil (divf $wanted (max 1 (include "xloom.perPod" . | int))) | int -}}
+{{- min $pods (include "xloom.maxPods" . | int) -}}
+{{- else -}}
+0
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,127 @@
+"""README.md and values.schema.json are what values.yaml says; alerts have a heading, and figures that exist."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from tests.unit.chart.rendering import CHART, ROOT, one, render
+from xloom.router.figures import ReplicaFigures
+from xloom.settings import Settings
+
+MONITORED = {
+    "metrics": {
+        "podMonitor": {"enabled": True},
+        "serviceMonitor": {"enabled": True},
+        "prometheusRule": {"enabled": True},
+    }
+}
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The scripts of helm/, imported as they run: from their own folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "helm"))
+    names = ("commented", "readme", "schema")
+    yield {name: importlib.import_module(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_the_readme_is_what_the_values_say(scripts: dict[str, ModuleType]) -> None:
+    assert scripts["readme"].main(["--check"]) == 0
+
+
+def test_the_schema_is_what_the_values_and_the_settings_say(scripts: dict[str, ModuleType]) -> None:
+    assert scripts["schema"].main(["--check"]) == 0
+
+
+def test_a_stale_file_is_noticed(
+    scripts: dict[str, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, constant in (("readme", "README"), ("schema", "SCHEMA")):
+        stale = tmp_path / name
+        stale.write_text("old", encoding="utf-8")
+        monkeypatch.setattr(scripts[name], constant, stale)
+        assert scripts[name].main(["--check"]) == 1
+        assert f"python helm/{name}.py" in capsys.readouterr().err
+        assert scripts[name].main([]) == 0
+        assert scripts[name].main(["--check"]) == 0
+
+
+def test_a_key_without_a_comment_is_refused(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text("# Said\na: 1\nb:\n  c: 2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape("b.c has no comment")):
+        scripts["commented"].read_values(file)
+
+
+def test_the_schema_knows_every_setting() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    assert set(schema["$defs"]["Settings"]["properties"]) == set(Settings.model_fields)
+    assert schema["$defs"]["ModelSettings"]["properties"]["source"] == {"type": "string"}
+    text = json.dumps(schema)
+    assert '"default"' not in text
+    assert str(ROOT) not in text
+
+
+def test_each_alert_has_a_summary_and_a_heading_in_the_documentation() -> None:
+    headings = {
+        line.lstrip("# ").strip().lower()
+        for line in (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("#")
+    }
+    [group] = one(render(MONITORED), "PrometheusRule")["spec"]["groups"]
+    for rule in group["rules"]:
+        page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        assert page == "docs/kubernetes.md"
+        assert anchor == rule["alert"].lower()
+        assert anchor in headings
+        assert rule["annotations"]["summary"].endswith(".")
+
+
+def test_alerts_ask_for_figures_that_exist() -> None:
+    class Nobody:
+        in_flight = 0
+
+        class directory:
+            links = ()
+
+    registry = CollectorRegistry()
+    registry.register(ReplicaFigures(Nobody()))  # type: ignore[arg-type]
+    exported = {metric.name for metric in registry.collect()}
+    # ray/serve/_private/deployment_state.py, Ray 2.60; its exporter puts `ray_` in front.
+    source = Path(importlib.import_module("ray.serve._private").__path__[0]) / "deployment_state.py"
+    assert '"serve_deployment_replica_healthy"' in source.read_text(encoding="utf-8")
+    exported.add("ray_serve_deployment_replica_healthy")
+    [group] = one(render(MONITORED), "PrometheusRule")["spec"]["groups"]
+    asked = {name for rule in group["rules"] for name in re.findall(r"\b(?:xloom|ray)_\w+", rule["expr"])}
+    assert asked <= exported
+
+
+def test_monitors_select_what_the_chart_labels() -> None:
+    objects = render(MONITORED)
+    service = one(objects, "RayService")["spec"]
+    endpoint = one(objects, "ServiceMonitor")["spec"]
+    assert endpoint["selector"]["matchLabels"].items() <= service["serveService"]["metadata"]["labels"].items()
+    assert endpoint["endpoints"][0]["port"] == service["serveService"]["spec"]["ports"][0]["name"]
+    pods = one(objects, "PodMonitor")["spec"]
+    cluster = service["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        labels = group["template"]["metadata"]["labels"]
+        assert pods["selector"]["matchLabels"].items() <= labels.items()
+        ports = {each["name"] for each in group["template"]["spec"]["containers"][0]["ports"]}
+        assert pods["podMetricsEndpoints"][0]["port"] in ports
+    policy = one(objects, "NetworkPolicy")["spec"]["ingress"]
+    assert {"protocol": "TCP", "port": 8080} in [port for rule in policy for port in rule.get("ports", [])]

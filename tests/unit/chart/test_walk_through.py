@@ -1,0 +1,79 @@
+"""The Helm commands of docs/kubernetes.md render, one after the other; the names it uses are the chart's."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+
+from tests.unit.chart.rendering import ROOT, Values, example, helm_python, merged, of_kind, one, render, validate
+
+DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+
+
+def commands(prefix: str) -> list[list[str]]:
+    """The document's commands that begin so, as words."""
+    blocks = re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(prefix)]
+
+
+def given(words: list[str], before: Values) -> Values:
+    """The values a command names, over those of the release where it says so."""
+    values = before if "--reuse-values" in words else {}
+    for option, argument in itertools.pairwise(words):
+        if option == "-f":
+            values = merged(values, example(ROOT / argument))
+        elif option == "--set":
+            values = merged(values, _typed(helm_python.parse_set_string(argument)))
+    return values
+
+
+def _typed(value: object) -> Values:
+    """`--set` reads true and false as such; the SDK has only the variant that leaves texts."""
+
+    def of(each: object) -> object:
+        if isinstance(each, dict):
+            return {key: of(inner) for key, inner in each.items()}
+        return (
+            [of(inner) for inner in each] if isinstance(each, list) else {"true": True, "false": False}.get(each, each)
+        )
+
+    typed = of(value)
+    assert isinstance(typed, dict)
+    return typed
+
+
+def test_each_command_of_the_walk_through_renders() -> None:
+    steps = [words for words in commands("helm ") if "helm/xloom" in words]
+    assert [words[1] for words in steps] == ["install", "upgrade", "upgrade", "upgrade", "upgrade"]
+    values: Values = {}
+    for words in steps:
+        values = given(words, values)
+        validate(render(values))
+
+
+def test_each_example_is_named() -> None:
+    named = set(re.findall(r"helm/xloom/examples/([\w.-]+)", DOCUMENT))
+    assert named <= {file.name for file in (ROOT / "helm" / "xloom" / "examples").iterdir()}
+    assert "values-cpu.yaml" in named
+
+
+def test_names_in_the_walk_through_are_the_charts() -> None:
+    objects = render({})
+    claims = {each["metadata"]["name"] for each in of_kind(objects, "PersistentVolumeClaim")}
+    [words] = commands("kubectl -n serving delete pvc")
+    assert set(words[5:]) == claims
+    env = one(objects, "Pod")["spec"]["containers"][0]["env"]
+    [url] = [each["value"] for each in env if each["name"] == "URL"]
+    assert f"service/{url.removeprefix('http://').partition(':')[0]} 8000" in DOCUMENT
+    [secret] = commands("kubectl -n serving create secret generic xloom-keys")
+    assert {word.partition("=")[2].partition("=")[0] for word in secret if word.startswith("--from")} == {
+        "api-key",
+        "admin-key",
+    }
+
+
+def test_no_path_of_a_folder_is_named_that_is_not_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", DOCUMENT):
+        assert target.startswith("https://") or (ROOT / "docs" / target).exists()
