@@ -63,10 +63,6 @@ class StoreClient:
         """The manifest: at once when its version is not the known one, else when it changes or the time is up."""
         return cast(Manifest, await self._call("desired", known_version, timeout_s))
 
-    async def identity(self) -> tuple[str, str]:
-        """The store's folder and base model."""
-        return cast("tuple[str, str]", await self._call("identity"))
-
     async def fetch(self, generation: str) -> dict[str, bytes]:
         """A generation's prepared files by name, through this node's object store."""
         deadline = time.monotonic() + self._patience_s
@@ -144,15 +140,14 @@ async def open_store(
     max_rank: int = 256,
     reserved_names: Sequence[str] = (),
     base_revision: str | None = None,
-    actor_name: str = ACTOR_NAME,
     namespace: str = NAMESPACE,
 ) -> StoreClient:
-    """Create the store actor, or find it. Raises `XloomError` (store_conflict) when it serves another base model."""
+    """Create the actor that owns a base model's folder, or find it: a cluster has one for each."""
     folder = str(store_folder(path, base_source, base_revision))
     actor = (
         ray.remote(AdapterStore)
         .options(
-            name=actor_name,
+            name=f"{ACTOR_NAME}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}",
             namespace=namespace,
             lifetime="detached",
             get_if_exists=True,
@@ -166,23 +161,8 @@ async def open_store(
         .remote(folder, base_source, max_rank, list(reserved_names), base_revision)
     )
     client = StoreClient(actor)
-    serving, base = await client.identity()
-    if serving != folder:
-        raise XloomError(
-            "store_conflict",
-            f"An adapter store for the base model {base!r} runs here already, in {serving}.",
-            "Stop that deployment, or give this one an actor name of its own.",
-            409,
-        )
+    await client.entries()  # a folder that can't be used shows now
     return client
-
-
-def find_store(actor_name: str = ACTOR_NAME, namespace: str = NAMESPACE) -> StoreClient:
-    """The running store. Raises `XloomError` (store_unavailable) when there is none."""
-    try:
-        return StoreClient(ray.get_actor(actor_name, namespace=namespace))
-    except ValueError as error:
-        raise _unavailable(error) from None
 
 
 def _unavailable(error: BaseException) -> XloomError:

@@ -94,10 +94,6 @@ class AdapterStore:
         await self._until(lambda: catalog.version != known_version, timeout_s)
         return catalog.manifest
 
-    async def identity(self) -> tuple[str, str]:
-        """The folder and the base model it serves."""
-        return str(self._arguments[0]), self._arguments[1]
-
     # Weights.
 
     async def fetch(self, generation: str, fresh: bool = False) -> list[ObjectRef]:
