@@ -1,4 +1,4 @@
-"""`serve deploy` and `ray job submit` on a Ray cluster of two nodes that was started from the command line."""
+"""`serve deploy`, `ray job submit` and the chart's configuration on a Ray cluster started from the command line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cluster.local_cluster import LocalCluster
+from xloom.settings import SAMPLE
 
 from .served import API_KEY, TOKENS, free_port, wait_until
 from .weights import Oracle, Weights, settings_for
@@ -100,3 +101,31 @@ def test_a_job_deploys_and_leaves_it_serving(
     assert served is not None, said
     with openai.OpenAI(base_url=f"http://127.0.0.1:{served[1]}/v1", api_key=API_KEY, max_retries=0) as client:
         assert greedy(client, "blend") == oracle("blend", tuple(PROMPT), 12)
+
+
+def test_what_the_chart_renders_is_served(cluster: LocalCluster, url: str, folder: Path) -> None:
+    rendering = pytest.importorskip("tests.unit.chart.rendering", reason="Helm's SDK is not installed")
+    service = rendering.one(
+        rendering.render(rendering.example(rendering.CHART / "examples/values-cpu.yaml")), "RayService"
+    )
+    # The image's paths become this machine's.
+    config = yaml.safe_load(service["spec"]["serveConfigV2"].replace("/opt/xloom/sample", str(SAMPLE)))
+    settings, port = config["applications"][0]["args"], free_port()
+    settings["router"] = settings.get("router", {}) | {"port": port, "host": "127.0.0.1"}
+    settings["store"] = {"path": str(folder / "store"), "cache": str(folder / "cache")}
+    file = folder / "chart.yaml"
+    file.write_text(yaml.safe_dump(config))
+    cluster.run("serve", "deploy", file, "-a", cluster.dashboard)
+
+    def is_ready() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5, trust_env=False).status_code == 200
+        return False
+
+    wait_until(is_ready, 400, "the chart's deployment", 0.5)
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=API_KEY, max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model="blend", messages=[{"role": "user", "content": "Hello"}], max_tokens=8
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens >= 1

@@ -1,0 +1,79 @@
+"""Adding an adapter over HTTP: what becomes of one that an engine refuses."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from xloom.adapters.manifest import NO_OVERRIDES, Entry, Overrides
+from xloom.adapters.residency import ReplicaReport
+from xloom.protocol import XloomError
+from xloom.router.http import Control, LoadAdapter
+
+OLD = Entry("code", "lora", "old", 8, ("q_proj",), 1, "./old")
+NEW = Entry("code", "lora", "new", 8, ("q_proj",), 1, "./new")
+
+
+class Store:
+    """A store in which every add gives `NEW`, and an engine that refuses it with `refusal`."""
+
+    def __init__(self, refusal: str) -> None:
+        self.refusal = refusal
+        self.reverted: list[tuple[str, str]] = []
+
+    async def add(
+        self,
+        name: str,
+        source: str,
+        kind: str | None = None,
+        overrides: Overrides = NO_OVERRIDES,
+        *,
+        replace: bool = False,
+        max_rank: int | None = None,
+    ) -> Entry:
+        return NEW
+
+    async def remove(self, name: str) -> Entry | None:
+        raise AssertionError(name)
+
+    async def revert(self, name: str, generation: str) -> Entry | None:
+        self.reverted.append((name, generation))
+        return NEW
+
+    async def await_resident(self, name: str, generation: str, timeout_s: float) -> list[str]:
+        raise XloomError(self.refusal, "no", status=500)
+
+    async def await_absent(self, name: str, generation: str, timeout_s: float) -> None:
+        raise AssertionError(name)
+
+    async def residency(self) -> dict[str, ReplicaReport]:
+        return {}
+
+
+class Catalog:
+    """The router's copy, from before."""
+
+    def __init__(self, *entries: Entry) -> None:
+        self.entries = entries
+
+
+async def refused(store: Store, *served: Entry) -> list[tuple[str, str]]:
+    control = Control("base", 64, cast(Any, None), cast(Any, Catalog(*served)), store)
+    with pytest.raises(XloomError) as caught:
+        await control.add(LoadAdapter(lora_name="code", lora_path="./new", load_inplace=True))
+    assert caught.value.code == store.refusal
+    return store.reverted
+
+
+@pytest.mark.parametrize("served", [(), (OLD,)])
+async def test_what_an_engine_refuses_is_taken_back(served: tuple[Entry, ...]) -> None:
+    assert await refused(Store("adapter_load_failed"), *served) == [("code", "new")]
+
+
+async def test_what_was_served_before_is_not_taken_back() -> None:
+    assert await refused(Store("adapter_load_failed"), NEW) == []
+
+
+async def test_an_adapter_that_is_only_late_is_not_taken_back() -> None:
+    assert await refused(Store("adapter_not_resident"), OLD) == []
