@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ import openai
 import psutil
 import yaml
 
+from cluster.local_cluster import free_port
+
 START_S = 420.0  # an engine takes half a minute on an idle machine
 STOP_S = 30.0  # what Ctrl-C may take
 POLL_S = 0.05
@@ -29,13 +30,6 @@ ADMIN_KEY = "e2e-admin"
 MARKER = "XLOOM_E2E_RUN"  # inherited by all that the server starts, detached or not
 SERVED_AT = re.compile(r"at http://127\.0\.0\.1:(\d+)/v1")
 RAY_FOLDER = re.compile(r"/tmp/xloom-[^/\s=,:]+")
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float, what: str, period_s: float = POLL_S) -> float:

@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
+from xloom.app import APP_NAME
 from xloom.protocol import XloomError
 from xloom.settings import Settings, load_settings
 
 IMPORT_PATH = "xloom.app:application"
-APP_NAME = "xloom"
 
 
 def build_config(settings: Settings) -> dict[str, Any]:

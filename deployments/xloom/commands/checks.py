@@ -145,17 +145,6 @@ def kv_bytes(folder: Path, settings: Settings, flags: set[str]) -> int:
     return token * pages.block_size * pages.max_blocks * (2 if settings.xlora_enabled else 1)
 
 
-def free_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes of memory that can be had; None where the system does not tell."""
-    try:
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return None
-
-
 def check_memory(free: int | None, needed: int) -> Finding:
     """Free memory against the need."""
     need = f"about {needed / GIB:.1f} GiB needed"

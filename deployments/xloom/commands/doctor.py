@@ -15,6 +15,7 @@ from rich.table import Table
 from xloom.commands import checks
 from xloom.commands.checks import Finding
 from xloom.quantization import recipes
+from xloom.quantization.fitting import available_memory
 from xloom.settings import Settings, load_settings
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -31,7 +32,7 @@ def examine(settings: Settings) -> list[Finding]:
         *checks.check_backends(importlib.metadata.entry_points(group="xloom.backends")),
         checks.check_cpu(flags, platform.machine(), cores),
         checks.check_devices(),
-        checks.check_memory(checks.free_memory(), checks.memory_needed(settings, flags)),
+        checks.check_memory(available_memory(), checks.memory_needed(settings, flags)),
         checks.check_shared_memory(),
         checks.check_disk(store),
         *checks.check_compiler(settings.engine.compile),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest
+from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest, XloomError
 
 if TYPE_CHECKING:
     from xloom.settings import EngineSettings, IsqSettings, ModelSettings
@@ -43,6 +43,13 @@ class LLMBackend(ABC):
     @abstractmethod
     def missing(cls) -> str | None:
         """None when the backend can run here, else what is missing and the command that mends it."""
+
+    @classmethod
+    def require(cls) -> None:
+        """Raise `XloomError` (backend_missing) when the backend can't run here."""
+        missing = cls.missing()
+        if missing is not None:
+            raise XloomError("backend_missing", missing, "", 500)
 
     @classmethod
     @abstractmethod

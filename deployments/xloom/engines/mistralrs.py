@@ -117,9 +117,7 @@ class MistralRsBackend(LLMBackend):
         max_lora_rank: int,
         isq: IsqSettings | None = None,
     ) -> MistralRsBackend:
-        missing = cls.missing()
-        if missing:
-            raise XloomError("backend_missing", missing, "", 500)
+        cls.require()
         if xlora:
             raise _no_xlora()
         if engine.tensor_parallel_size > 1:

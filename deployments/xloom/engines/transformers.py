@@ -86,9 +86,7 @@ class TransformersBackend(LLMBackend):
         max_lora_rank: int,
         isq: IsqSettings | None = None,
     ) -> TransformersBackend:
-        missing = cls.missing()
-        if missing:
-            raise XloomError("backend_missing", missing, "", 500)
+        cls.require()
         if isq is not None:
             cure = "Leave isq out, or serve with engine.backend: vllm."
             raise XloomError("unsupported_by_backend", "The backend 'transformers' can't do isq.", cure)

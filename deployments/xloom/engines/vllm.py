@@ -78,9 +78,7 @@ class VLLMBackend(LLMBackend):
         max_lora_rank: int,
         isq: IsqSettings | None = None,
     ) -> VLLMBackend:
-        missing = cls.missing()
-        if missing:
-            raise XloomError("backend_missing", missing, "", 500)
+        cls.require()
         from xloom.engines.vllm_arguments import engine_config
         from xloom.quantization.folding import read_folding
 

@@ -81,14 +81,20 @@ def free_bytes(device: str) -> int:
     return free if limit is None else min(free, max(limit - used, 0))
 
 
-def _available(meminfo: Path) -> int:
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes of the machine's memory that can be had; None where the system does not tell."""
     try:
         for line in meminfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError):
         pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _available(meminfo: Path) -> int:
+    free = available_memory(meminfo)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free
 
 
 def _cgroup(folder: Path) -> tuple[int | None, int]:

@@ -11,6 +11,7 @@ import pytest
 from xloom.cli import main
 from xloom.commands import checks, doctor
 from xloom.commands.checks import GIB, Finding
+from xloom.quantization.fitting import available_memory
 from xloom.settings import Settings, parse_settings
 
 
@@ -141,8 +142,8 @@ def test_a_hub_model_not_here_counts_as_nothing() -> None:
 
 def test_free_memory_is_read_from_meminfo(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       2048 kB\n")
-    assert checks.free_memory(tmp_path / "meminfo") == 2048 * 1024
-    assert checks.free_memory(tmp_path / "none") is None
+    assert available_memory(tmp_path / "meminfo") == 2048 * 1024
+    assert available_memory(tmp_path / "none") is None
 
 
 def test_no_compiler_fails_only_where_compiled_mode_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
