@@ -10,7 +10,7 @@ from typing import Any
 
 from ..models import ADAPTERS, tiny_adapter, tiny_bundle, tiny_model
 
-MAX_LENGTH = 2048  # tokens: long enough for a stream that is still running when a test interferes
+MAX_LENGTH = 8192  # tokens: half a minute of a stream and more, so that it still runs when a test interferes
 
 Oracle = Callable[[str, tuple[int, ...], int], list[int]]  # name, prompt, count -> greedy tokens
 
@@ -48,7 +48,7 @@ def settings_for(weights: Weights, **sections: Any) -> dict[str, Any]:
         "compile": False,
         "max_model_len": MAX_LENGTH,
         "max_num_seqs": 64,
-        "paged_attention": {"max_blocks": 1024},
+        "paged_attention": {"max_blocks": 4096},
     }
     return {
         "model": {"source": str(weights.base)},
