@@ -1,7 +1,8 @@
 """Every way of quantising that works on CPU, on the sample: size, time, held-out perplexity, and speed in vLLM.
 
-Each case is made anew in a cache of its own. Speed is one engine's at a time, in bfloat16, base model alone; the
-unquantised engine is measured before and after the others, and its mean is what they are compared with.
+Each case is made anew in a cache of its own. Speed is the base model's alone, in bfloat16. The engine on the plain
+weights stays up all the while; each case's takes turns with it, round by round, and the median of the rounds' ratios
+is the case's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CASES = [(method, bits) for method in METHODS for bits in sorted(BITS, reverse=T
 LOADS = (Load(1, 64), Load(16, 64))
 console = Console(stderr=True)
 
-Speeds = dict[int, float]  # concurrent requests -> tokens a second
+Speeds = dict[int, float]  # concurrent requests -> tokens a second as a share of the plain engine's
 
 
 def quantise(model: ModelSettings, isq: IsqSettings, windows: list[list[int]]) -> dict[str, Any]:
@@ -49,34 +50,39 @@ def quantise(model: ModelSettings, isq: IsqSettings, windows: list[list[int]]) -
     return {"folder": str(folder), "perplexity": model_perplexity(folder, windows), **read_done(folder)}
 
 
-async def speed(folder: str, rounds: int, compiled: bool) -> Speeds:
-    """Median tokens a second of one engine on a folder."""
+async def engine(folder: str, compiled: bool) -> Driver:
+    """An engine on a folder, warm."""
     settings = EngineSettings(dtype="bfloat16", compile=compiled, max_num_seqs=16, max_model_len=512)
     backend = await VLLMBackend.load(ModelSettings(source=folder), settings, xlora=False, max_lora_rank=16)
     driver, rng = Driver(backend), random.Random(0)
+    for load in LOADS:
+        await driver.run(load, None, rng)
+    return driver
+
+
+async def duel(plain: Driver, folder: str, rounds: int, compiled: bool) -> Speeds:
+    """Both engines under the same loads in turn: the quantised one's tokens a second by the plain one's."""
+    quantised, ratios = await engine(folder, compiled), []
     try:
-        for load in LOADS:
-            await driver.run(Load(load.concurrent, 8), None, rng)
-        return {
-            load.concurrent: statistics.median([await driver.run(load, None, rng) for _ in range(rounds)])
-            for load in LOADS
-        }
+        for number in range(rounds):
+            took = {}
+            for driver in (plain, quantised) if number % 2 else (quantised, plain):
+                rng = random.Random(number)
+                took[driver] = {load.concurrent: await driver.run(load, None, rng) for load in LOADS}
+            ratios.append({load: took[quantised][load] / took[plain][load] for load in took[plain]})
     finally:
-        await driver.close()
+        await quantised.close()
+    return {load.concurrent: statistics.median(each[load.concurrent] for each in ratios) for load in LOADS}
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     model = ModelSettings(source=str(arguments.model))
     windows = held_out_windows(arguments.model, arguments.calibration, arguments.windows)
     found: dict[str, Any] = {"plain": {"perplexity": model_perplexity(arguments.model, windows)}, "cases": []}
-
-    def timed(folder: str) -> Speeds:
-        return asyncio.run(speed(folder, arguments.rounds, arguments.compiled)) if arguments.rounds else {}
-
+    console.print(f"plain: perplexity {found['plain']['perplexity']:.4f}")
+    plain = await engine(str(arguments.model), arguments.compiled) if arguments.rounds else None
     with tempfile.TemporaryDirectory() as cache:
-        before = timed(str(arguments.model))
-        console.print(f"plain: perplexity {found['plain']['perplexity']:.4f}, tokens/s {before}")
         for method, bits in arguments.cases or CASES:
             isq = IsqSettings(
                 method=method,
@@ -86,17 +92,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 calibration=arguments.calibration,
                 calibration_samples=arguments.samples,
             )
-            made = quantise(model, isq, windows)
-            made["speed"] = timed(made["folder"])
+            made = await asyncio.to_thread(quantise, model, isq, windows)
+            made["speed"] = await duel(plain, made["folder"], arguments.rounds, arguments.compiled) if plain else {}
             found["cases"].append(made)
             size = made["linear_bytes"][1] / made["linear_bytes"][0]
             console.print(
                 f"{method} at {bits} bits: {made['seconds']} s, linears {size:.3f}, "
-                f"perplexity {made['perplexity']:.4f}, tokens/s {made['speed']}"
+                f"perplexity {made['perplexity']:.4f}, tokens/s ÷ plain {made['speed']}"
             )
-        after = timed(str(arguments.model))
-    found["plain"]["speed"] = {load: (before[load] + after[load]) / 2 for load in before}
-    found["plain"]["drift"] = {load: after[load] / before[load] for load in before}
+    if plain is not None:
+        await plain.close()
     return found
 
 
@@ -116,17 +121,16 @@ def tables(found: dict[str, Any], arguments: argparse.Namespace) -> list[dict[st
                 f"{linears:.1f}×",
                 adr_size,
                 f"{total:.1f}×",
-                f"{made['perplexity'] / plain['perplexity'] - 1:+.1%}",
+                f"{made['perplexity'] / plain['perplexity'] - 1:+.2%}",
                 adr_loss,
                 f"{made['seconds']:.0f}",
-                *(f"{made['speed'][load] / plain['speed'][load]:.2f}" for load in plain["speed"]),
+                *(f"{ratio:.2f}" for ratio in made["speed"].values()),
             ]
         )
     columns = ["method", "bits", "scheme", "linears smaller", "ADR-008", "checkpoint smaller", "perplexity", "ADR-008"]
     columns.append("seconds")
-    columns += [f"tokens/s ÷ bf16, {load} at once" for load in plain["speed"]]
+    columns += [f"tokens/s ÷ bf16, {load} at once" for load in found["cases"][0]["speed"]]
     mode = "compiled" if arguments.compiled else "eager"
-    drift = ", ".join(f"{load}: {ratio:.2f}" for load, ratio in plain["drift"].items())
     return [
         {
             "title": "Quantised on CPU: size, held-out perplexity, time, speed",
@@ -134,7 +138,7 @@ def tables(found: dict[str, Any], arguments: argparse.Namespace) -> list[dict[st
             "rows": rows,
             "notes": f"Plain perplexity {plain['perplexity']:.3f} over {arguments.windows} windows of 512 tokens; "
             f"calibration on {arguments.samples}, group size {arguments.group_size}. Seconds are of the whole step, "
-            f"imports included. Engines {mode}; the plain engine's last run ÷ its first, by load: {drift or '-'}.",
+            f"imports included. Speed: medians of {arguments.rounds} rounds in turn, engines {mode}.",
         }
     ]
 
@@ -160,11 +164,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="windows of calibration (%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, help="(%(default)s)")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each load an engine; 0: no engines (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each load an engine; 0: no engines (%(default)s)")
     parser.add_argument("--compiled", action="store_true", help="compiled engines instead of eager: slower to start")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
-    found = measure(arguments)
+    found = asyncio.run(measure(arguments))
     result = {"name": "quantisation", "machine": machine(), "tables": tables(found, arguments), "raw": found}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))

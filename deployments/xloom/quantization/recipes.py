@@ -83,7 +83,7 @@ def case(method: IsqMethod, bits: int, device: str) -> Case:
         if device == "cuda":
             return Refusal(_NO_CUDA_W4A8)
         # CompressedTensorsW4A8Int registers the int8 weights under two names and packs one of them; vLLM 0.32.
-        note = "8 bits on disk; vLLM keeps them beside the packed ones"
+        note = "8 bits on disk, vLLM keeps them beside the packed ones; slow on x86"
         return Recipe(method, 4, "W4A8", 8, 12, grouped=True, activation_bits=8, note=note)
     if bits == 4:
         return Recipe(method, 4, "W4A16", 4, 4, grouped=True)
