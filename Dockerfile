@@ -23,6 +23,7 @@ WORKDIR /opt/xloom/src
 COPY pyproject.toml README.md LICENSE ./
 COPY requirements requirements
 COPY deployments/xloom/__init__.py deployments/xloom/__init__.py
+COPY dashboards/xloom_dashboards/__init__.py dashboards/xloom_dashboards/__init__.py
 
 FROM outline AS install-cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -59,10 +60,12 @@ CMD ["xloom", "serve", "/opt/xloom/settings.yaml"]
 FROM final AS cpu
 COPY --from=install-cpu /opt/xloom /opt/xloom
 COPY deployments /opt/xloom/src/deployments
+COPY dashboards /opt/xloom/src/dashboards
 USER 1000:1000
 
 FROM final AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=install-cuda /opt/xloom /opt/xloom
 COPY deployments /opt/xloom/src/deployments
+COPY dashboards /opt/xloom/src/dashboards
 USER 1000:1000

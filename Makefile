@@ -30,8 +30,9 @@ matrix: ## test each combination of extras in an environment of its own (long)
 	@$(INSTALL) cpu mistralrs isq dev
 	@$(BIN)/nox
 
-chart: ## write the chart's README and schema from its values
+chart: ## write the chart's README and schema from its values, and the boards and alerts from their code
 	@$(INSTALL) cpu dev
+	@$(BIN)/python -m xloom_dashboards.generate
 	@$(BIN)/python helm/readme.py
 	@$(BIN)/python helm/schema.py
 
@@ -51,5 +52,5 @@ bench: ## measure, side by side with peers (see docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks
 
 clean: ## remove caches and the virtual environment
-	rm -rf $(VENV) .nox build dist .pytest_cache .mypy_cache .ruff_cache deployments/*.egg-info
-	find deployments tests benchmarks requirements -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf $(VENV) .nox build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find deployments dashboards tests benchmarks requirements -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

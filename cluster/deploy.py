@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
 
 from xloom.commands.build import build_config
+from xloom.observability.logs import serve_logging
 from xloom.protocol import XloomError
 from xloom.settings import load_settings
-
-POLL_S = 0.5
 
 
 def deploy(file: Path | None, wait_s: float, console: Console) -> str:
@@ -28,22 +26,14 @@ def deploy(file: Path | None, wait_s: float, console: Console) -> str:
     from ray import serve
 
     from xloom.app import application
+    from xloom.start import start
 
     ray.init(address="auto", namespace="xloom", logging_level="ERROR")
-    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+    serve.start(proxy_location="Disabled", logging_config=serve_logging(settings.observability.logs))
     console.print(f"Deploying {settings.model.source}", highlight=False)
-    serve.run(application(described["args"]), name=described["name"], route_prefix=None, blocking=False)
-    router = serve.get_deployment_handle("router", described["name"])
-    deadline = time.monotonic() + wait_s
-    while True:
-        state = router.describe.remote().result(timeout_s=30)
-        if state["ready"] or settings.replicas.min == 0:
-            names = [settings.model.served_name, *(entry.name for entry in (*settings.adapters, *settings.xlora))]
-            return f"Serving {', '.join(names)} at port {state['port']} of the nodes with a router."
-        if time.monotonic() > deadline:
-            cure = "See `serve status`, and the replicas' logs in Ray's dashboard."
-            raise XloomError("start_timeout", f"No replica was ready within {wait_s:g} s.", cure, 504)
-        time.sleep(POLL_S)
+    port = start(application(described["args"]), settings, timeout_s=wait_s)
+    names = [settings.model.served_name, *(entry.name for entry in (*settings.adapters, *settings.xlora))]
+    return f"Serving {', '.join(names)} at port {port} of the nodes with a router."
 
 
 def main() -> int:
@@ -58,7 +48,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     try:
-        console.print(deploy(arguments.settings, arguments.wait, console), highlight=False)
+        console.print(deploy(arguments.settings, arguments.wait, console), highlight=False, soft_wrap=True)
     except XloomError as error:
         console.print(f"{error}", style="red", markup=False, highlight=False)
         return 2

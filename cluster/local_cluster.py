@@ -22,11 +22,13 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from xloom.processes import end_marked, marked
+
 PROGRAMS = Path(sys.executable).parent
-FIRST_WORKER_PORT = 40000  # each node has a range of its own from here
+FIRST_WORKER_PORT = 21000  # each node has a range of its own from here; the system gives out none of these by itself
 WORKER_PORTS = 400
 COMMAND_TIMEOUT_S = 400
-EXIT_TIMEOUT_S = 10
+EXIT_TIMEOUT_S = 10.0
 
 console = Console(stderr=True)
 
@@ -56,16 +58,16 @@ class LocalCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             **environment,
         }
-        self._gcs, dashboard = free_port(), free_port()
-        self._dashboard_port = dashboard
-        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self._gcs, self._dashboard_port = free_port(), free_port()
+        self.address = f"127.0.0.1:{self._gcs}"
+        self.dashboard = f"http://127.0.0.1:{self._dashboard_port}"
 
     def __enter__(self) -> LocalCluster:
         try:
             head = ["--head", "--port", self._gcs, "--dashboard-port", self._dashboard_port]
             self._start(0, *head, "--temp-dir", self.folder)
             for number in range(1, self._nodes):
-                self._start(number, "--address", f"127.0.0.1:{self._gcs}")
+                self._start(number, "--address", self.address)
         except BaseException:
             self.stop()
             raise
@@ -103,20 +105,11 @@ class LocalCluster:
 
     def processes(self) -> list[psutil.Process]:
         """All that it started: they inherit its token."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and process.environ().get("RAY_AUTH_TOKEN") == self._token:
-                    found.append(process)
-        return found
+        return marked("RAY_AUTH_TOKEN", self._token)
 
     def stop(self) -> None:
         """End all of it."""
-        for _ in range(2):  # what was just being started is there the second time
-            for process in self.processes():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(self.processes(), timeout=EXIT_TIMEOUT_S)
+        end_marked("RAY_AUTH_TOKEN", self._token, timeout_s=EXIT_TIMEOUT_S)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -141,13 +134,17 @@ def main() -> int:
             console.print(str(error), style="red", markup=False, highlight=False)
             return 2
         status.stop()
-        console.print([line for line in said.splitlines() if line.startswith("Serving ")][-1], highlight=False)
-        console.print(
-            f"Ray's dashboard: {made.dashboard}, token: {made.folder}/token. Ctrl-C ends it.", highlight=False
-        )
+        served = [line for line in said.splitlines() if line.startswith("Serving ")][-1]
         token = made.folder / "token"
         token.touch(mode=0o600)
         token.write_text(made.environment["RAY_AUTH_TOKEN"], encoding="ascii")
+        lines = (
+            served,
+            f"Ray is at {made.address}, its dashboard at {made.dashboard}. For commands in another shell:",
+            f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}",
+            "Ctrl-C ends it.",
+        )
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
         status.update("Stopping")

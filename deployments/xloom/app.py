@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from xloom.adapters.manifest import Entry, Overrides
 from xloom.engines.registry import backend_for
+from xloom.observability import traces
+from xloom.observability.logs import serve_logging
 from xloom.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: P
         health_check_timeout_s=30.0,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=replicas.drain_timeout_s + _KILL_MARGIN_S,
+        logging_config=serve_logging(settings.observability.logs),
         **scaling,
     ).bind(settings, token, max_lora_rank, store, placing.loopback)
     router = serve.deployment(
@@ -90,6 +93,7 @@ def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: P
         health_check_timeout_s=30.0,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=30.0,
+        logging_config=serve_logging(settings.observability.logs),
     )
     return router.bind(engines, settings, token, max_lora_rank, store)
 
@@ -105,6 +109,7 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
         reserved_names=[settings.model.served_name],
         base_revision=settings.model.revision,
         namespace=NAMESPACE,
+        logs=settings.observability.logs,
     )
     for adapter in settings.adapters:
         await store.add(adapter.name, adapter.source, "lora", replace=True)
@@ -121,5 +126,6 @@ def application(args: dict[str, Any]) -> Application:
     """
     settings = parse_settings(args)
     backend_for(settings)
+    traces.require(settings.observability.traces)
     store, entries = asyncio.run(open_adapters(settings))
     return build(settings, store, lora_rank(settings, entries), Placing(settings.replicas.cpus, loopback=False))

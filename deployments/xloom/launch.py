@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import os
@@ -12,7 +11,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 import uuid
 from pathlib import Path
 from types import FrameType
@@ -23,19 +21,19 @@ from rich.console import Console
 from xloom.adapters.manifest import Entry
 from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, lora_rank, open_adapters
 from xloom.engines.registry import backend_for
+from xloom.observability import traces
+from xloom.observability.logs import serve_logging
+from xloom.processes import end_marked
 from xloom.protocol import XloomError
 from xloom.settings import ModelSettings, Settings
+from xloom.start import start
 
 if TYPE_CHECKING:
-    import psutil
-
     from xloom.adapters.client import StoreClient
 
-START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 15.0
 EXIT_TIMEOUT_S = 3.0
 START_ATTEMPTS = 3
-START_LOG_LINES = 15  # shown when a start fails with an error that is not ours
 RUN_MARK = "XLOOM_RUN"  # in the environment of all that a local cluster starts
 
 console = Console(stderr=True)
@@ -128,30 +126,12 @@ class Cluster:
 
     def _end_processes(self) -> None:
         """Ray's own shutdown, then what it leaves: orphaned agents and engines notice only after a while."""
-        import psutil
         import ray
 
         ray.shutdown()
         if not self.is_local:
             return
-        psutil.wait_procs(self._started(), timeout=EXIT_TIMEOUT_S)
-        for _ in range(2):  # an engine that was just starting may have started a process meanwhile
-            left = self._started()
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(left, timeout=EXIT_TIMEOUT_S)
-
-    def _started(self) -> list[psutil.Process]:
-        """The living processes of this cluster, whoever is their parent by now: they all inherit its mark."""
-        import psutil
-
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and process.environ().get(RUN_MARK) == self._run:
-                    found.append(process)
-        return found
+        end_marked(RUN_MARK, self._run, grace_s=EXIT_TIMEOUT_S, timeout_s=EXIT_TIMEOUT_S)
 
     def _sweep(self) -> None:
         if self._folder is not None:
@@ -172,6 +152,7 @@ def serve_forever(settings: Settings) -> None:
     """Serve until interrupted, then stop all that was started. Raises `XloomError`."""
     check_model(settings.model)
     backend_for(settings)  # refuses what can't be served before anything starts
+    traces.require(settings.observability.traces)
     stop = threading.Event()
     previous = {
         each: signal.signal(each, lambda number, frame: _interrupt(stop, frame))
@@ -221,33 +202,17 @@ def _deploy(
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: the terminal is ours
-    started = time.monotonic()
     # No proxies: the router listens itself (see router/deployment.py).
-    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+    logging_config = serve_logging(settings.observability.logs) | {"log_level": "WARNING"}
+    serve.start(proxy_location="Disabled", logging_config=logging_config)
     application = build(settings, store, lora_rank(settings, entries), cluster.placing)
     status.update(f"Loading {settings.model.source}")
-    try:
-        serve.run(application, name=APP_NAME, route_prefix=None, blocking=False)
-    except RuntimeError as error:
-        deployments = serve.status().applications[APP_NAME].deployments
-        raise _start_failed([each.message for each in deployments.values()] or [str(error)]) from None
-    router = serve.get_deployment_handle("router", APP_NAME)
-    while True:
-        router_is = router.describe.remote().result(timeout_s=30)
-        if router_is["ready"] or settings.replicas.min == 0 or stop.is_set():
-            return int(router_is["port"])
-        if time.monotonic() - started > START_TIMEOUT_S:
-            raise XloomError("start_timeout", "No replica was ready in time.", "See the logs of the replicas.", 504)
-        status.update(f"Waiting for a replica ({time.monotonic() - started:.0f} s)")
-        time.sleep(0.2)
-
-
-def _start_failed(messages: list[str]) -> XloomError:
-    """Serve's account of why a deployment did not start: tracebacks, of which the last line counts."""
-    lines = [line for message in messages for line in message.strip().splitlines() if line.strip()]
-    named = [line for line in lines if "XloomError: " in line]
-    said = named[-1].partition("XloomError: ")[2] if named else "\n".join(lines[-START_LOG_LINES:])
-    return XloomError("start_failed", f"The deployment did not start: {said}", "Mend what it says, start again.", 500)
+    return start(
+        application,
+        settings,
+        waiting=lambda seconds: status.update(f"Waiting for a replica ({seconds:.0f} s)"),
+        is_stopped=stop.is_set,
+    )
 
 
 def _greet(settings: Settings, entries: tuple[Entry, ...], port: int) -> None:

@@ -43,6 +43,8 @@ class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0
     arrival_time: float = 0.0  # seconds since the epoch
     cache_salt: str | None = None
+    client_id: str = ""  # the X-Request-Id of the HTTP request it belongs to
+    trace: dict[str, str] = {}  # the trace it belongs to: traceparent, tracestate
     extra: dict[str, Any] = {}  # engine-specific fields, passed through
 
 
@@ -80,6 +82,25 @@ class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):
     def kv_occupancy(self) -> float:
         """Share of KV pages in use, 0 to 1."""
         return self.kv_pages_used / self.kv_pages_total if self.kv_pages_total else 0.0
+
+
+class BundleFigures(msgspec.Struct, frozen=True):
+    """What became of one bundle's tokens: sums over those routed, means over the adapted modules."""
+
+    name: str
+    tokens: int  # as scheduled: a token computed again, after a preemption say, counts again
+    gates: dict[str, float]  # by adapter; by size, should they be negative
+    entropy: float  # nats; of the gates as shares of their sum
+
+
+class MixtureFigures(msgspec.Struct, frozen=True):
+    """What an engine did for X-LoRA in some time. A bundle may be there twice, at two generations."""
+
+    bundles: list[BundleFigures]
+    steps: int  # engine steps with X-LoRA tokens
+    seconds: float  # of those steps, in the model
+    scaling_seconds: float  # of them, in the scaling pass
+    routing_seconds: float  # of them, in classifier and gates
 
 
 # Router to replica.

@@ -6,6 +6,7 @@ import difflib
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -121,6 +122,41 @@ class StoreSettings(_Section):
     max_rank: int = Field(256, ge=1, le=512)  # of one adapter, or of a bundle's sum
 
 
+class LogSettings(_Section):
+    """What the router, the replicas and the store log."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    requests: bool = False  # a line at the end of each request
+
+
+class TraceSettings(_Section):
+    """OpenTelemetry traces over router and replicas, sent by OTLP."""
+
+    endpoint: str | None = None  # None: no traces
+    protocol: Literal["http", "grpc"] = "http"
+    sample: float = Field(1.0, ge=0, le=1)  # share of the traces that begin here
+
+    @field_validator("endpoint")
+    @classmethod
+    def _plain_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
+        url = urlsplit(endpoint)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"{endpoint!r} is no URL of a collector, such as http://collector:4318")
+        if "@" in url.netloc or url.query:
+            raise ValueError("the URL must hold no secret: set OTEL_EXPORTER_OTLP_HEADERS where Ray runs")
+        return endpoint
+
+
+class ObservabilitySettings(_Section):
+    """Logs and traces."""
+
+    logs: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
+
+
 class Settings(_Section):
     """A deployment."""
 
@@ -132,6 +168,7 @@ class Settings(_Section):
     replicas: ReplicaSettings = ReplicaSettings()
     router: RouterSettings = RouterSettings()
     store: StoreSettings = StoreSettings()
+    observability: ObservabilitySettings = ObservabilitySettings()
 
     @field_validator("xlora", "adapters")
     @classmethod

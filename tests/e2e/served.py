@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from cluster.local_cluster import free_port
+from xloom.processes import end_marked, marked
 
 START_S = 420.0  # an engine takes half a minute on an idle machine
 STOP_S = 30.0  # what Ctrl-C may take
@@ -126,9 +127,7 @@ class Served:
     def kill(self) -> None:
         """End all of it by force, for a test that has failed."""
         folders = self._ray_folders()
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        end_marked(MARKER, self._run, timeout_s=STOP_S)
         self.process.wait()
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -137,14 +136,7 @@ class Served:
 
     def processes(self) -> list[psutil.Process]:
         """All living processes that the server has started, directly or not, and itself."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARKER) == self._run and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+        return marked(MARKER, self._run)
 
     def _ray_folders(self) -> set[Path]:
         lines = []

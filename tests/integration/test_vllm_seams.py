@@ -15,8 +15,11 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.attention import attention
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
+from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 from xloom.xlora.vllm_plugin import ARCHITECTURES, XLORA_PREFIX
+from xloom.xlora.vllm_plugin.figures import MixtureWorker
 
 
 def test_version_is_the_one_the_seams_were_read_in() -> None:
@@ -44,6 +47,15 @@ def test_attention_looks_its_layer_metadata_and_slots_up_by_name_in_the_forward_
     for part in ("no_compile_layers[layer_name]", "attn_metadata_raw[layer_name]", "slot_mapping.get(layer_name)"):
         assert part in source
     assert {"no_compile_layers", "attn_metadata", "slot_mapping"} <= set(ForwardContext.__dataclass_fields__)
+
+
+def test_a_worker_method_of_ours_is_reached_through_the_engine_core() -> None:
+    load = inspect.getsource(WorkerWrapperBase.init_worker)
+    assert "parallel_config.worker_extension_cls" in load
+    called = list(inspect.signature(AsyncMPClient.collective_rpc_async).parameters)
+    assert called == ["self", "method", "timeout", "args", "kwargs"]
+    for method in vars(MixtureWorker):
+        assert method.startswith("__") or not hasattr(WorkerBase, method)
 
 
 def test_lora_seams_keep_their_signatures() -> None:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "structure.md"
 LINE = re.compile(r"^- `([^`]+)`: \S")
-FOLDERS = ("deployments/xloom", "benchmarks", "requirements", "tests")
+FOLDERS = ("deployments/xloom", "dashboards", "benchmarks", "requirements", "tests")
 
 
 def modules() -> set[str]:

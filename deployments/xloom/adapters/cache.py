@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from xloom.adapters.manifest import Entry, generation_of, read_files, sync_folder, write_synced
+from xloom.observability.recorder import RECORDER, Recorder
+from xloom.observability.table import CACHE_READS
 from xloom.protocol import XloomError
 
 logger = logging.getLogger(__name__)
@@ -31,8 +33,9 @@ class NodeCache:
     and a process that dies leaves no lock behind (the kernel drops an flock with its process).
     """
 
-    def __init__(self, folder: Path, max_size: int = 64 * 2**30) -> None:
+    def __init__(self, folder: Path, max_size: int = 64 * 2**30, recorder: Recorder = RECORDER) -> None:
         self._folder = folder.expanduser()
+        self._recorder = recorder
         self._max_size = max_size  # bytes, of all copies together
         self._pins: dict[str, int] = {}  # generation -> descriptor that holds `<generation>.use`
         self._busy: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -54,6 +57,7 @@ class NodeCache:
             raise XloomError("invalid_generation", f"{generation!r} is not a generation.", status=500)
         async with self._busy[generation]:
             if generation in self._pins:
+                self._recorder.inc(CACHE_READS, outcome="hit")
                 return self._folder / generation
             try:
                 return await self._ensure(generation, fetch)
@@ -82,7 +86,9 @@ class NodeCache:
         try:
             write = await self._lock(generation, "write", fcntl.LOCK_EX)
             try:
-                if not await asyncio.to_thread(_is_whole, target):
+                whole = await asyncio.to_thread(_is_whole, target)
+                self._recorder.inc(CACHE_READS, outcome="hit" if whole else "miss")
+                if not whole:
                     await self._fill(target, fetch)
             finally:
                 os.close(write)

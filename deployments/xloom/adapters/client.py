@@ -17,6 +17,7 @@ from xloom.adapters.manifest import NO_OVERRIDES, Entry, Manifest, Overrides
 from xloom.adapters.residency import ReplicaReport
 from xloom.adapters.store import AdapterStore
 from xloom.protocol import XloomError
+from xloom.settings import LogSettings
 
 ACTOR_NAME = "xloom-adapter-store"
 NAMESPACE = "xloom"
@@ -141,8 +142,12 @@ async def open_store(
     reserved_names: Sequence[str] = (),
     base_revision: str | None = None,
     namespace: str = NAMESPACE,
+    logs: LogSettings | None = None,
 ) -> StoreClient:
-    """Create the actor that owns a base model's folder, or find it: a cluster has one for each."""
+    """Create the actor that owns a base model's folder, or find it: a cluster has one for each.
+
+    `logs` is how it logs if it is new; one that is there goes on as it began.
+    """
     folder = str(store_folder(path, base_source, base_revision))
     actor = (
         ray.remote(AdapterStore)
@@ -158,7 +163,7 @@ async def open_store(
             # Calls that died with the actor are repeated by StoreClient, which knows what repeating one means.
             max_task_retries=0,
         )
-        .remote(folder, base_source, max_rank, list(reserved_names), base_revision)
+        .remote(folder, base_source, max_rank, list(reserved_names), base_revision, logs)
     )
     client = StoreClient(actor)
     await client.entries()  # a folder that can't be used shows now

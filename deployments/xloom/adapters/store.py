@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +16,17 @@ import ray
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import NO_OVERRIDES, Entry, Manifest, Overrides
 from xloom.adapters.residency import ReplicaReport, Residency
+from xloom.observability import table
+from xloom.observability.logs import configure
+from xloom.observability.recorder import RECORDER
 from xloom.protocol import XloomError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+
+    from xloom.settings import LogSettings
+
+logger = logging.getLogger(__name__)
 
 _MAX_STAGING = 4  # sources fetched and checked at once
 _MAX_SHARED = 2 * 2**30  # bytes kept in Ray's object store for replicas to come
@@ -31,8 +40,16 @@ class AdapterStore:
     """
 
     def __init__(
-        self, folder: str, base_source: str, max_rank: int, reserved_names: Sequence[str], base_revision: str | None
+        self,
+        folder: str,
+        base_source: str,
+        max_rank: int,
+        reserved_names: Sequence[str],
+        base_revision: str | None,
+        logs: LogSettings | None = None,
     ) -> None:
+        if logs is not None:
+            configure(logs, "store", "store")
         self._arguments = (Path(folder), base_source, max_rank, tuple(reserved_names), base_revision)
         self._opened: AdapterCatalog | None = None
         self._opening = asyncio.Lock()
@@ -43,6 +60,7 @@ class AdapterStore:
         self._shared: OrderedDict[str, tuple[ObjectRef, int]] = OrderedDict()  # generation -> reference, bytes
         self._sharing = asyncio.Lock()
         self._started = time.monotonic()
+        RECORDER.start()
 
     # Desired state.
 
@@ -57,30 +75,36 @@ class AdapterStore:
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
         catalog = await self._catalog()
-        async with self._staging:
-            stage = catalog.stage(name, source, kind, overrides)
-            staged = await asyncio.to_thread(stage.__enter__)
-            try:
-                async with self._committing:
-                    entry = await asyncio.to_thread(catalog.commit, staged, replace=replace, max_rank=max_rank)
-            finally:
-                await asyncio.to_thread(stage.__exit__, None, None, None)
+        with _counted("add", catalog):
+            async with self._staging:
+                stage = catalog.stage(name, source, kind, overrides)
+                staged = await asyncio.to_thread(stage.__enter__)
+                try:
+                    async with self._committing:
+                        entry = await asyncio.to_thread(catalog.commit, staged, replace=replace, max_rank=max_rank)
+                finally:
+                    await asyncio.to_thread(stage.__exit__, None, None, None)
+        logger.info("%s %s is in the store, generation %s", entry.kind, entry.name, entry.generation[:12])
         await self._wake()
         return entry
 
     async def remove(self, name: str) -> Entry:
         """Take an adapter out. Raises `XloomError` (adapter_not_found)."""
         catalog = await self._catalog()
-        async with self._committing:
-            entry = await asyncio.to_thread(catalog.remove, name)
+        with _counted("remove", catalog):
+            async with self._committing:
+                entry = await asyncio.to_thread(catalog.remove, name)
+        logger.info("%s is out of the store", name)
         await self._wake()
         return entry
 
     async def revert(self, name: str, generation: str) -> Entry | None:
         """Undo an add; see `AdapterCatalog.revert`."""
         catalog = await self._catalog()
-        async with self._committing:
-            entry = await asyncio.to_thread(catalog.revert, name, generation)
+        with _counted("revert", catalog):
+            async with self._committing:
+                entry = await asyncio.to_thread(catalog.revert, name, generation)
+        logger.info("%s is taken back, generation %s", name, generation[:12])
         await self._wake()
         return entry
 
@@ -105,10 +129,14 @@ class AdapterStore:
         async with self._sharing:
             if generation in self._shared and not fresh:
                 self._shared.move_to_end(generation)
-                return [self._shared[generation][0]]
+                shared, size = self._shared[generation]
+                _count_fetch("hit", size)
+                return [shared]
             files = await asyncio.to_thread(catalog.files, generation)
             reference = await asyncio.to_thread(ray.put, files)
-            self._shared[generation] = (reference, sum(map(len, files.values())))
+            handed = sum(map(len, files.values()))
+            _count_fetch("miss", handed)
+            self._shared[generation] = (reference, handed)
             self._shared.move_to_end(generation)
             named = {entry.generation for entry in catalog.entries()}
             total = sum(size for _, size in self._shared.values())
@@ -116,6 +144,7 @@ class AdapterStore:
                 if old != generation and (old not in named or total > _MAX_SHARED):
                     del self._shared[old]  # the object lives on while a borrower holds its reference
                     total -= size
+            RECORDER.set(table.STORE_SHARED_BYTES, total)
             return [reference]
 
     # Residency.
@@ -188,6 +217,8 @@ class AdapterStore:
         async with self._opening:
             if self._opened is None:
                 self._opened = await asyncio.to_thread(AdapterCatalog, *self._arguments)
+                _show(self._opened)
+                RECORDER.set(table.STORE_SHARED_BYTES, 0)
             return self._opened
 
     async def _wake(self) -> None:
@@ -207,3 +238,30 @@ class AdapterStore:
                 except TimeoutError:
                     continue
         return True
+
+
+@contextmanager
+def _counted(action: str, catalog: AdapterCatalog) -> Iterator[None]:
+    """A change asked of the store, counted with what becomes of it."""
+    outcome = "internal_error"
+    try:
+        yield
+        outcome = "ok"
+    except XloomError as error:
+        outcome = error.code
+        raise
+    finally:
+        RECORDER.inc(table.STORE_CHANGES, action=action, outcome=outcome)
+        _show(catalog)
+
+
+def _count_fetch(outcome: str, size: int) -> None:
+    RECORDER.inc(table.STORE_FETCHES, outcome=outcome)
+    RECORDER.inc(table.STORE_FETCHED_BYTES, size)
+
+
+def _show(catalog: AdapterCatalog) -> None:
+    kinds = [entry.kind for entry in catalog.entries()]
+    for kind in ("lora", "xlora"):
+        RECORDER.set(table.STORE_ENTRIES, kinds.count(kind), kind=kind)
+    RECORDER.set(table.STORE_VERSION, catalog.version)

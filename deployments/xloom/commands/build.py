@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from xloom.app import APP_NAME
+from xloom.observability.logs import serve_logging
 from xloom.protocol import XloomError
 from xloom.settings import Settings, load_settings
 
@@ -31,7 +32,7 @@ def build_config(settings: Settings) -> dict[str, Any]:
     return {
         # The router listens itself: see router/deployment.py.
         "proxy_location": "Disabled",
-        "logging_config": {"enable_access_log": False},
+        "logging_config": serve_logging(settings.observability.logs),
         "applications": [{"name": APP_NAME, "route_prefix": None, "import_path": IMPORT_PATH, "args": args}],
     }
 

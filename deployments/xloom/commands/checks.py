@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from xloom.settings import Settings
+from xloom.engines.kv_size import token_bytes
+from xloom.quantization.recipes import BITS, Recipe, case, memory_bytes
+from xloom.settings import IsqSettings, Settings
 
 GIB = 1024**3
 PROCESSES_BYTES = int(2.5 * GIB)  # Ray, router and store, and one replica with its engine, without weights and pages
@@ -122,27 +125,60 @@ def check_cpu(flags: set[str], machine: str, cores: int) -> Finding:
 def memory_needed(settings: Settings, flags: set[str]) -> int:
     """Bytes that serving these settings on CPU takes: processes, and weights and KV pages of a local model.
 
+    With `isq` the weights are what is left of them, but quantising itself holds the plain ones, once a machine.
     A hub model that is not on this machine counts as nothing.
     """
     folder = Path(settings.model.source).expanduser()
     replicas = max(settings.replicas.min, 1)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return PROCESSES_BYTES + replicas * (weights + kv_bytes(folder, settings, flags))
+    plain = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    weights = plain if settings.isq is None else quantised_bytes(folder, settings.isq)
+    return PROCESSES_BYTES + max(plain, replicas * (weights + kv_bytes(folder, settings, flags)))
+
+
+def quantised_bytes(folder: Path, isq: IsqSettings) -> int:
+    """Bytes of the model's weights in a CPU engine once quantised; `bits: auto` takes the fewest it must."""
+    bits = BITS if isq.bits == "auto" else (isq.bits,)
+    found = [case(isq.method, count, "cpu") for count in bits]
+    counted = [weight_counts(file) for file in folder.glob("*.safetensors")]
+    linears, others, size = (sum(each[part] for each in counted) for part in range(3))
+    width = round(size / (linears + others)) if linears + others else 0
+    recipes = [each if isinstance(each, Recipe) else None for each in found]  # one that is refused is refused elsewhere
+    return min(memory_bytes(recipe, linears, others, isq.group_size, width) for recipe in recipes)
+
+
+def weight_counts(file: Path) -> tuple[int, int, int]:
+    """Of a safetensors file: weights in the decoder's linears, other weights, and bytes of both. Reads its header only.
+
+    Nothing of a file that is not one.
+    """
+    try:
+        with file.open("rb") as opened:
+            header: dict[str, Any] = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    except (OSError, ValueError, MemoryError, OverflowError):
+        return 0, 0, 0
+    linears = others = size = 0
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        count = math.prod(tensor["shape"])
+        if ".layers." in f".{name}" and len(tensor["shape"]) == 2:
+            linears += count
+        else:
+            others += count
+        size += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    return linears, others, size
 
 
 def kv_bytes(folder: Path, settings: Settings, flags: set[str]) -> int:
-    """Bytes of one replica's KV pages: keys and values of every layer; twice that when X-LoRA keeps twin pages."""
+    """Bytes of one replica's KV pages; 0 for a model that is not here."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-        head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-        kv_heads = int(config.get("num_key_value_heads") or heads)
+        dtype, pages = settings.engine.dtype, settings.engine.paged_attention
+        wide = dtype == "float32" or (dtype == "auto" and not flags & NATIVE_BFLOAT16)
+        token = token_bytes(config.get("text_config", config).get, wide=wide, xlora=settings.xlora_enabled)
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    dtype, pages = settings.engine.dtype, settings.engine.paged_attention
-    wide = dtype == "float32" or (dtype == "auto" and not flags & NATIVE_BFLOAT16)
-    token = 2 * layers * kv_heads * head_dim * (4 if wide else 2)
-    return token * pages.block_size * pages.max_blocks * (2 if settings.xlora_enabled else 1)
+    return token * pages.block_size * pages.max_blocks
 
 
 def check_memory(free: int | None, needed: int) -> Finding:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest, XloomError
+from xloom.protocol import AdapterRef, EngineStats, MixtureFigures, TokenChunk, TokenRequest, XloomError
 
 if TYPE_CHECKING:
     from xloom.settings import EngineSettings, IsqSettings, ModelSettings
@@ -87,6 +87,10 @@ class LLMBackend(ABC):
     @abstractmethod
     def stats(self) -> EngineStats:
         """The newest figures; cheap."""
+
+    async def mixture(self) -> MixtureFigures | None:
+        """What X-LoRA did since this was last asked; None for nothing, or from an engine that does not measure it."""
+        return None
 
     @abstractmethod
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:

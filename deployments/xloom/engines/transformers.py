@@ -7,6 +7,7 @@ values lie in caches of their own, without pages. Answers equal PEFT's, which is
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.metadata
 import importlib.util
 import logging
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from xloom.engines.base import Capabilities, Device, LLMBackend
 from xloom.engines.prompt import check_prompt
-from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest, XloomError
+from xloom.protocol import AdapterRef, EngineStats, MixtureFigures, TokenChunk, TokenRequest, XloomError
 
 if TYPE_CHECKING:
     from xloom.engines.transformers_model import LoadedModel
@@ -45,8 +46,10 @@ class TransformersBackend(LLMBackend):
         self._loop = asyncio.get_running_loop()
         self._steps: asyncio.Queue[list[TokenChunk] | BaseException] = asyncio.Queue()
         self._dead: BaseException | None = None
+        runner = BatchRunner(loaded.model, batching=loaded.batching)
+        self._tally = runner.tally
         self._worker = Worker(
-            BatchRunner(loaded.model, batching=loaded.batching),
+            runner,
             max_num_seqs=engine.max_num_seqs,
             page=engine.paged_attention.block_size,
             pages=self._pages,
@@ -144,12 +147,15 @@ class TransformersBackend(LLMBackend):
             adapters=[f"{ref.name}@{ref.generation}" for ref in self._adapters],
         )
 
+    async def mixture(self) -> MixtureFigures | None:
+        return self._tally.take()[0]
+
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
         from xloom.xlora.hooks import Adapter
 
         adapter = await asyncio.to_thread(Adapter.load, path, self._loaded.device, self._loaded.dtype)
         adapter.check(self._modules)
-        self._adapters[ref] = adapter
+        self._adapters[ref] = dataclasses.replace(adapter, name=f"{ref.name}@{ref.generation}")
 
     async def remove_adapter(self, ref: AdapterRef) -> None:
         self._adapters.pop(ref, None)  # requests that run with it keep it until their end

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache, DynamicCache
 
 from xloom.xlora.hooks import Adapter, Span, adapted
+from xloom.xlora.tally import MixtureTally
 
 ATTENTION = "xloom_packed"
 # Architectures whose attention is causal, plain or in a sliding window, and goes through AttentionInterface alone:
@@ -140,6 +141,7 @@ class BatchRunner:
     def __init__(self, model: Any, *, batching: bool) -> None:
         self._model = model
         self._batching = batching
+        self.tally = MixtureTally(model.device)
         self._modules: Mapping[str, nn.Module] = dict(model.named_modules())
         head = model.get_output_embeddings()
         self._head = next((name for name, module in self._modules.items() if module is head), "")
@@ -163,19 +165,28 @@ class BatchRunner:
         routed = [part for part in parts if part.caches.scaling is not None]
         gates: dict[int, Tensor] = {}
         if routed:
+            self.tally.start()
             with adapted(self._modules, self._scaling_spans(routed)):
                 output = self._pass(self._model.base_model, routed, [_scaling(part) for part in routed])
+            self.tally.lap()
             rows = output.last_hidden_state[0].split([len(part.tokens) for part in routed])
             gates = {id(part): _routing(part).gates(hidden) for part, hidden in zip(routed, rows, strict=True)}
         spans = [
             Span(rows, adapter, torch.cat([gates[id(part)] for part in group]) if adapter.routing else None)
             for rows, adapter, group in _groups(parts)
         ]
+        for span in spans:
+            if span.gates is not None and span.adapter.routing is not None:
+                self.tally.add(span.adapter.name, span.adapter.routing, span.gates)
         all_rows = any(part.adapter is not None and self._head in part.adapter.modules for part in parts)
         wanted = _logit_rows(parts, self._model.device)
         keep: Any = 0 if all_rows else wanted  # an adapted head must see every row, as its spans count them
+        if routed:
+            self.tally.lap()
         with adapted(self._modules, spans):
             output = self._pass(self._model, parts, [part.caches.forward for part in parts], logits_to_keep=keep)
+        if routed:
+            self.tally.lap()
         logits = output.logits[0]
         counts = [len(part.tokens) if part.all_logits else 1 for part in parts]
         return list((logits[wanted] if all_rows else logits).split(counts))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from xloom.engines.base import Capabilities, Device, LLMBackend
 from xloom.engines.prompt import check_prompt
-from xloom.protocol import AdapterRef, EngineStats, Logprobs, TokenChunk, TokenRequest, XloomError
+from xloom.observability.recorder import ray_is_up
+from xloom.protocol import AdapterRef, EngineStats, Logprobs, MixtureFigures, TokenChunk, TokenRequest, XloomError
 from xloom.quantization import recipes
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.engine.core_client import AsyncMPClient
 
+    from xloom.engines.vllm_metrics import SchedulerStatLogger
+    from xloom.engines.vllm_mixture import MixtureReader
     from xloom.quantization.folding import Folding
     from xloom.settings import EngineSettings, IsqSettings, ModelSettings
 
@@ -48,6 +51,8 @@ class VLLMBackend(LLMBackend):
         self._folding = folding  # of a base whose smoothing changed what its linears see
         self._rescaled: Path | None = None  # adapters as such a base needs them; vLLM may read one again at any time
         self._dead: BaseException | None = None
+        self._mixture: MixtureReader | None = None  # with X-LoRA
+        self._metrics: SchedulerStatLogger | None = None  # vLLM's own; what a replica exports
 
     @classmethod
     def capabilities(cls) -> Capabilities:
@@ -80,7 +85,9 @@ class VLLMBackend(LLMBackend):
     ) -> VLLMBackend:
         cls.require()
         from xloom.engines.vllm_arguments import engine_config
+        from xloom.engines.vllm_mixture import MixtureReader
         from xloom.quantization.folding import read_folding
+        from xloom.xlora.vllm_plugin import WORKER_EXTENSION
 
         if isq is not None:
             model = await asyncio.to_thread(_quantised, model, engine, isq, cls.device(), xlora)
@@ -95,7 +102,16 @@ class VLLMBackend(LLMBackend):
         )
         pages = config.cache_config.num_gpu_blocks or 0  # the engine core reports it back at the end of its start
         logger.info("engine ready: %s, %d KV pages of %d tokens", model.source, pages, config.cache_config.block_size)
-        return cls(core, pages, config.model_config.get_vocab_size(), config.model_config.max_model_len, folding)
+        backend = cls(core, pages, config.model_config.get_vocab_size(), config.model_config.max_model_len, folding)
+        if ray_is_up():  # else nobody would read them, and vLLM's wrappers import Ray Serve
+            from xloom.engines.vllm_metrics import SchedulerStatLogger
+
+            backend._metrics = SchedulerStatLogger(config)
+            backend._metrics.log_engine_initialized()
+        # engine.extra_args may name another class; a call that fails would leave the ranks' answers out of step.
+        if config.parallel_config.worker_extension_cls == WORKER_EXTENSION:
+            backend._mixture = MixtureReader(core)
+        return backend
 
     async def submit(self, request: TokenRequest) -> None:
         from vllm.exceptions import VLLMClientError
@@ -115,30 +131,35 @@ class VLLMBackend(LLMBackend):
                 raise XloomError(
                     "adapter_not_found", f"This engine does not hold the adapter {request.adapter.name!r}.", "", 404
                 )
-        await self._core.add_request_async(
-            EngineCoreRequest(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                mm_features=None,
-                sampling_params=sampling,
-                pooling_params=None,
-                arrival_time=request.arrival_time,
-                lora_request=lora,
-                cache_salt=request.cache_salt,
-                data_parallel_rank=None,
-                priority=request.priority,
-                **request.extra,
-            )
+        core_request = EngineCoreRequest(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            mm_features=None,
+            sampling_params=sampling,
+            pooling_params=None,
+            arrival_time=request.arrival_time,
+            lora_request=lora,
+            cache_salt=request.cache_salt,
+            data_parallel_rank=None,
+            priority=request.priority,
+            **request.extra,
         )
+        if self._mixture is not None and request.adapter is not None:
+            self._mixture.began(request.request_id, request.adapter)
+        await self._core.add_request_async(core_request)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._core.abort_requests_async(list(request_ids))
+        if self._mixture is not None:
+            self._mixture.ended(request_ids)
 
     async def steps(self) -> AsyncIterator[list[TokenChunk]]:
         try:
             while True:
                 outputs = await self._core.get_output_async()
                 self._take_stats(outputs)
+                if self._mixture is not None:
+                    self._mixture.saw(outputs.outputs)
                 if outputs.outputs:
                     yield [_chunk(output) for output in outputs.outputs]
         except Exception as error:
@@ -152,6 +173,8 @@ class VLLMBackend(LLMBackend):
         scheduler = outputs.scheduler_stats
         if scheduler is None:
             return
+        if self._metrics is not None:
+            self._metrics.take(scheduler)
         # SchedulerStats.kv_cache_usage is the share of pages in use, cached-only pages apart; vLLM 0.32.
         self._stats = EngineStats(
             running=scheduler.num_running_reqs,
@@ -164,6 +187,9 @@ class VLLMBackend(LLMBackend):
 
     def stats(self) -> EngineStats:
         return self._stats
+
+    async def mixture(self) -> MixtureFigures | None:
+        return None if self._mixture is None else await self._mixture.growth()
 
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
         from xloom.engines.vllm_lora import lora_request

@@ -7,7 +7,9 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from xloom.engines.kv_size import token_bytes
 from xloom.protocol import XloomError
+from xloom.xlora.vllm_plugin import WORKER_EXTENSION
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,6 +52,7 @@ def engine_arguments(
         )
     if xlora:
         arguments["hf_overrides"] = {"architectures": [_xlora_architecture(architecture)]}
+        arguments["worker_extension_cls"] = WORKER_EXTENSION
         _refuse_with_xlora(engine.extra_args)
     block_size = pages.block_size
     if device == "cpu":
@@ -73,11 +76,7 @@ def engine_arguments(
 
 def page_bytes(config: Any, block_size: int, dtype: str, xlora: bool) -> int:
     """Bytes of one KV page over all layers; X-LoRA keeps a second set of keys and values for its scaling pass."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = 4 if dtype == "float32" else 2
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim * size * block_size * (2 if xlora else 1))
+    return block_size * token_bytes(lambda name: getattr(config, name, None), wide=dtype == "float32", xlora=xlora)
 
 
 def kv_bytes(model: ModelSettings, engine: EngineSettings, *, xlora: bool, device: str) -> int:

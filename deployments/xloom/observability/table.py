@@ -7,7 +7,7 @@ from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
 
-# Bounds of histograms, seconds. Ray gives a bucket's middle for each value in `_sum`: take quantiles, never means.
+# Bounds of histograms, seconds.
 LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 LOAD_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -34,14 +34,16 @@ class Metric:
 # The router: one request each. `model` is the name the client asked for, `kind` is base, lora or xlora.
 REQUESTS = Metric(
     "xloom_requests_total", "counter", "router",
-    "Requests that have ended, by outcome: stop, length, abort or error", ("model", "kind", "outcome"),
+    "Requests that have ended, by outcome: stop, length, repetition, abort or error; each of n answers is one",
+    ("model", "kind", "outcome"),
 )  # fmt: skip
 PROMPT_TOKENS = Metric(
-    "xloom_prompt_tokens_total", "counter", "router", "Prompt tokens of requests that began", ("model", "kind")
-)
+    "xloom_prompt_tokens_total", "counter", "router",
+    "Prompt tokens of requests whose first token came", ("model", "kind"),
+)  # fmt: skip
 CACHED_TOKENS = Metric(
     "xloom_cached_prompt_tokens_total", "counter", "router",
-    "Prompt tokens found in a prefix cache", ("model", "kind"),
+    "Those of them found in a prefix cache", ("model", "kind"), on_event="prompts begin alike",
 )  # fmt: skip
 GENERATION_TOKENS = Metric(
     "xloom_generation_tokens_total", "counter", "router", "Tokens sent back to clients", ("model", "kind")
@@ -58,18 +60,20 @@ REQUEST_SECONDS = Metric(
     "xloom_request_seconds", "histogram", "router", "From a request's arrival to its end", ("model", "kind"), LATENCY_S
 )
 HTTP_ERRORS = Metric(
-    "xloom_http_errors_total", "counter", "router", "Answers with an error, by status and stable code",
-    ("status", "code"), on_event="a request is refused",
+    "xloom_http_errors_total", "counter", "router",
+    "Answers with an error, those to probes apart, by status and stable code", ("status", "code"),
+    on_event="a request is refused",
 )  # fmt: skip
 ROUTER_IN_FLIGHT = Metric("xloom_router_in_flight", "gauge", "router", "Requests in this router")
 ROUTER_WAITING = Metric("xloom_router_waiting", "gauge", "router", "Requests in this router that wait for a replica")
 ROUTER_REPLICAS = Metric("xloom_router_replicas", "gauge", "router", "Replicas this router is connected to")
 PLACEMENTS = Metric(
     "xloom_placements_total", "counter", "router",
-    "Requests sent to a replica; resident says whether it held the adapter", ("replica", "resident"),
+    "Requests sent to a replica; resident says whether it held the adapter, yes or no; the base model it always holds",
+    ("replica", "resident"),
 )  # fmt: skip
 REPLAYS = Metric(
-    "xloom_replays_total", "counter", "router", "Requests that went on elsewhere, by why", ("reason",),
+    "xloom_replays_total", "counter", "router", "Requests that went on elsewhere, by why: an error code", ("reason",),
     on_event="a replica dies, drains or refuses while it has requests",
 )  # fmt: skip
 
@@ -120,9 +124,7 @@ XLORA_ROUTING_SECONDS = Metric(
     "xloom_xlora_routing_seconds_total", "counter", "replica",
     "The part of it that classifier and gates took", ("replica",),
 )  # fmt: skip
-XLORA_STEPS = Metric(
-    "xloom_xlora_steps_total", "counter", "replica", "Engine steps with X-LoRA tokens", ("replica",)
-)
+XLORA_STEPS = Metric("xloom_xlora_steps_total", "counter", "replica", "Engine steps with X-LoRA tokens", ("replica",))
 
 # The adapter store.
 STORE_ENTRIES = Metric("xloom_store_entries", "gauge", "store", "Adapters and bundles in the store", ("kind",))

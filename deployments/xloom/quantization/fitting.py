@@ -76,25 +76,19 @@ def free_bytes(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    free = _available(Path("/proc/meminfo"))
-    limit, used = _cgroup(Path("/sys/fs/cgroup"))
-    return free if limit is None else min(free, max(limit - used, 0))
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes of the machine's memory that can be had; None where the system does not tell."""
-    try:
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return None
-
-
-def _available(meminfo: Path) -> int:
-    free = available_memory(meminfo)
+    free = available_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of memory that can be had within the control group's limit; None where the system does not tell."""
+    try:
+        lines = [line.split() for line in meminfo.read_text(encoding="utf-8").splitlines()]
+        [free] = [int(words[1]) * 1024 for words in lines if words[:1] == ["MemAvailable:"]]
+    except (OSError, ValueError, IndexError):
+        return None
+    limit, used = _cgroup(cgroup)
+    return free if limit is None else min(free, max(limit - used, 0))
 
 
 def _cgroup(folder: Path) -> tuple[int | None, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -14,6 +15,11 @@ from ray import serve
 from xloom.adapters.cache import NodeCache
 from xloom.engines.base import LLMBackend
 from xloom.engines.registry import backend_for
+from xloom.observability import logs, traces
+from xloom.observability.journal import journal_for
+from xloom.observability.recorder import RECORDER
+from xloom.replica.figures import EngineFigures
+from xloom.replica.mixture import MixtureMeter
 from xloom.replica.reconcile import Reconciler
 from xloom.replica.server import ReplicaServer
 from xloom.settings import Settings
@@ -36,6 +42,9 @@ class EngineReplica:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._node = ray.get_runtime_context().get_node_id()
+        watch = settings.observability
+        logs.configure(watch.logs, "replica", self._replica_id, logs.secrets_of(settings, token))
+        os.environ.setdefault("VLLM_LOGGING_COLOR", "0")  # it takes Serve's log file for a terminal
         self._drain_timeout_s = settings.replicas.drain_timeout_s
         self._closed = False
         kind = backend_for(settings)
@@ -46,14 +55,23 @@ class EngineReplica:
             max_lora_rank=max_lora_rank,
             isq=settings.isq,
         )
+        logs.adopt("vllm")
         cache = NodeCache(Path(settings.store.cache))
         self._reconciler = Reconciler(self._backend, store, cache, self._replica_id, self._node)
-        self._server = ReplicaServer(self._backend, self._replica_id, token, self._reconciler)
+        # After the engine's processes were started: they are to inherit no thread of these.
+        RECORDER.start()
+        self._tracing = traces.start(watch.traces, "replica", self._replica_id)
+        base, lines = settings.model.served_name, watch.logs.requests
+        journal = journal_for("replica", self._replica_id, base, lines=lines, tracing=self._tracing)
+        self._server = ReplicaServer(self._backend, self._replica_id, token, self._reconciler, journal)
         self._reconciler.users = self._server.users
         self._reconciler.on_change = self._server.report
+        self._server.on_report = EngineFigures(RECORDER, self._replica_id).take
         await self._reconciler.start(FIRST_ADAPTERS_S)
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         self._host, self._port = await self._server.start(host)
+        self._meter = MixtureMeter(self._backend, RECORDER, self._replica_id)
+        self._meter.start()
         logger.info("replica %s serves on %s:%d", self._replica_id, self._host, self._port)
 
     async def describe(self) -> dict[str, Any]:
@@ -96,7 +114,13 @@ class EngineReplica:
         reconciler: Reconciler | None = getattr(self, "_reconciler", None)
         if reconciler is not None:
             await reconciler.close()
+        meter: MixtureMeter | None = getattr(self, "_meter", None)
+        if meter is not None:
+            await meter.close()
         backend: LLMBackend | None = getattr(self, "_backend", None)
         if backend is not None:
             with contextlib.suppress(Exception):
                 await backend.close()
+        tracing: traces.Tracing | None = getattr(self, "_tracing", None)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 from xloom.adapters.cache import NodeCache
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.engines.base import LLMBackend
+from xloom.observability import table
+from xloom.observability.recorder import RECORDER, Recorder
 from xloom.protocol import AdapterRef, XloomError
 
 logger = logging.getLogger(__name__)
@@ -35,9 +38,17 @@ class Store(Protocol):
 class Reconciler:
     """Loads what the store wants and the engine lacks, and removes what it wants no more once no request uses it."""
 
-    def __init__(self, backend: LLMBackend, store: Store, cache: NodeCache, replica_id: str, node_id: str) -> None:
+    def __init__(
+        self,
+        backend: LLMBackend,
+        store: Store,
+        cache: NodeCache,
+        replica_id: str,
+        node_id: str,
+        recorder: Recorder = RECORDER,
+    ) -> None:
         self._backend, self._store, self._cache = backend, store, cache
-        self._replica_id, self._node_id = replica_id, node_id
+        self._replica_id, self._node_id, self._recorder = replica_id, node_id, recorder
         self.users: Callable[[AdapterRef], int] = lambda ref: 0
         self.on_change: Callable[[], None] = lambda: None
         self._version = -1
@@ -117,7 +128,7 @@ class Reconciler:
         task.add_done_callback(lambda done: self._work.pop(ref, None) if self._work.get(ref) is done else None)
 
     async def _bring(self, entry: Entry) -> None:
-        ref = entry.ref
+        ref, began = entry.ref, time.monotonic()
         while ref in self._wanted:
             try:
                 path = await self._cache.ensure(entry, self._store.fetch)
@@ -125,21 +136,27 @@ class Reconciler:
             except XloomError as error:
                 if error.status < 500:  # the engine's verdict on these files: it stays
                     logger.warning("adapter %s is refused: %s", ref.name, error)
-                    self._failed[ref] = str(error)
+                    self._refuse(ref, str(error))
                     break
                 logger.warning("adapter %s is not loaded yet: %s", ref.name, error)
                 await asyncio.sleep(RETRY_S)
             except Exception as error:
                 logger.exception("adapter %s could not be loaded", ref.name)
-                self._failed[ref] = f"{type(error).__name__}: {error}"
+                self._refuse(ref, f"{type(error).__name__}: {error}")
                 break
             else:
                 self._resident.add(ref)
+                self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="load")
+                self._recorder.observe(table.ADAPTER_LOAD, time.monotonic() - began, model=ref.name)
                 logger.info("adapter %s is resident, generation %s", ref.name, ref.generation[:12])
                 break
         await self._tell()
         if ref not in self._wanted and ref in self._resident:  # removed while it was being loaded
             await self._retire(ref)
+
+    def _refuse(self, ref: AdapterRef, why: str) -> None:
+        self._failed[ref] = why
+        self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="refused")
 
     async def _retire(self, ref: AdapterRef) -> None:
         while self.users(ref):  # running requests finish with the adapter they began with
@@ -149,6 +166,7 @@ class Reconciler:
             await self._backend.remove_adapter(ref)
         except Exception:
             logger.exception("adapter %s could not be removed", ref.name)
+        self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="remove")
         if not any(other.generation == ref.generation for other in self._resident):
             self._cache.release(ref.generation)
         await self._tell()

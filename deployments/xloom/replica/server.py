@@ -7,12 +7,14 @@ import contextlib
 import hmac
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import msgspec
 
 from xloom.engines.base import LLMBackend
+from xloom.observability.journal import Journal
+from xloom.observability.logs import fields
 from xloom.protocol import (
     Abort,
     AdapterRef,
@@ -67,15 +69,24 @@ class _Connection:
 class ReplicaServer:
     """Serves one `LLMBackend` to any number of routers."""
 
-    def __init__(self, backend: LLMBackend, replica_id: str, token: str, adapters: Adapters | None = None) -> None:
+    def __init__(
+        self,
+        backend: LLMBackend,
+        replica_id: str,
+        token: str,
+        adapters: Adapters | None = None,
+        journal: Journal | None = None,
+    ) -> None:
         self._backend = backend
         self._replica_id = replica_id
         self._token = token.encode()
         self._adapters = adapters
+        self._journal = journal
         self._connections: set[_Connection] = set()
         self._owners: dict[str, _Connection] = {}
         self._in_use: Counter[AdapterRef] = Counter()
         self._changed = asyncio.Event()
+        self.on_report: Callable[[EngineStats], None] = lambda stats: None
         self._draining = False
         self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,7 +123,9 @@ class ReplicaServer:
 
     def report(self) -> None:
         """Tell every router the state now, ahead of the period."""
-        frame = Report(self.stats(), self._draining)
+        stats = self.stats()
+        self.on_report(stats)
+        frame = Report(stats, self._draining)
         for connection in self._connections:
             connection.send(frame)
 
@@ -200,6 +213,8 @@ class ReplicaServer:
             return
         self._owners[request_id] = connection
         connection.requests[request_id] = request
+        if self._journal is not None:
+            self._journal.begin(request)
         if request.adapter is not None:
             self._in_use[request.adapter] += 1
             if self._adapters is not None and request.adapter not in self._adapters.resident:
@@ -217,7 +232,7 @@ class ReplicaServer:
         connection.waiting.pop(request.request_id, None)
         if arrived:
             await self._hand_over(connection, request)
-        elif self._release(request.request_id) is not None:
+        elif self._release(request.request_id, "adapter_not_found") is not None:
             message = f"The adapter {adapter.name!r} is not on this replica."
             cure = "GET /v1/models lists what is served."
             connection.send(RequestFailed(request.request_id, "adapter_not_found", message, cure, 404, retryable=True))
@@ -228,13 +243,15 @@ class ReplicaServer:
         if self._owners.get(request_id) is not connection:  # aborted meanwhile
             return
         try:
+            if self._journal is not None:
+                self._journal.event(request_id, "handed_to_engine")
             await self._backend.submit(request)
         except XloomError as error:
-            self._release(request_id)
+            self._release(request_id, error.code)
             connection.send(RequestFailed(request_id, error.code, error.message, error.cure, error.status))
         except Exception as error:
-            logger.exception("the engine refused request %s", request_id)
-            self._release(request_id)
+            logger.exception("the engine refused request %s", request_id, extra=fields(request_id=request.client_id))
+            self._release(request_id, "engine_error")
             connection.send(RequestFailed(request_id, "engine_error", f"The engine refused the request: {error}"))
         else:
             if self._owners.get(request_id) is not connection:  # aborted while the engine took it
@@ -254,11 +271,14 @@ class ReplicaServer:
         for request_id in held:
             self._release(request_id)
 
-    def _release(self, request_id: str) -> _Connection | None:
+    def _release(self, request_id: str, error: str | None = None) -> _Connection | None:
+        """It is no longer held: it has ended, was aborted, or failed with a code."""
         connection = self._owners.pop(request_id, None)
         if connection is None:
             return None
         request = connection.requests.pop(request_id)
+        if self._journal is not None:
+            self._journal.end(request_id, "error" if error else "abort", error)
         if request.adapter is not None:
             self._in_use[request.adapter] -= 1
             if not self._in_use[request.adapter]:
@@ -271,6 +291,8 @@ class ReplicaServer:
     async def _pump(self) -> None:
         try:
             async for chunks in self._backend.steps():
+                if self._journal is not None:
+                    self._journal.step(chunks)
                 groups: dict[_Connection, list[TokenChunk]] = {}
                 for chunk in chunks:
                     connection = self._owners.get(chunk.request_id)
@@ -289,7 +311,7 @@ class ReplicaServer:
         else:
             self._pump_error = RuntimeError("the engine's steps have ended")
         for request_id in list(self._owners):
-            connection = self._release(request_id)
+            connection = self._release(request_id, "engine_dead")
             if connection is not None:
                 message = "The engine of the replica has died."
                 connection.send(RequestFailed(request_id, "engine_dead", message, status=503, retryable=True))

@@ -30,8 +30,10 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from xloom.engines.vllm_lora import adapter_ref
 from xloom.engines.vllm_sampling import sampling_to_dict
+from xloom.observability.logs import bound
 from xloom.protocol import Logprobs, TokenChunk, TokenRequest, XloomError
 from xloom.router.dispatch import Dispatcher
+from xloom.router.traffic import Ending
 
 _FINISH = {name: FinishReason(number) for number, name in enumerate(FINISH_REASON_STRINGS)}
 
@@ -86,18 +88,20 @@ class RoutedCoreClient(EngineCoreClient):
                 priority=request.priority,
                 arrival_time=request.arrival_time,
                 cache_salt=request.cache_salt,
+                client_id=bound().get("request_id", ""),
                 extra={} if request.reasoning_ended is None else {"reasoning_ended": request.reasoning_ended},
             )
         )
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        self.abort_now(request_ids)
+        # Only AsyncLLM's output handler comes here, with what has met a stop string: see RoutedEngineClient.abort.
+        self.abort_now(request_ids, "stop")
 
-    def abort_now(self, request_ids: list[str]) -> None:
+    def abort_now(self, request_ids: list[str], ending: Ending) -> None:
         """Forget requests and free what they hold."""
         for request_id in request_ids:
             self._prefills.pop(request_id, None)
-        self._dispatcher.abort(request_ids)
+        self._dispatcher.abort(request_ids, ending)
 
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._outputs.get()

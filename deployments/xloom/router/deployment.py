@@ -9,13 +9,18 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from xloom.observability import logs, traces
+from xloom.observability.journal import journal_for
+from xloom.observability.recorder import RECORDER
 from xloom.router.catalog import Catalog
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.errors import CodedErrors
-from xloom.router.guard import Guard
+from xloom.router.guard import OPEN, Guard
 from xloom.router.http import Control, attach_routes
 from xloom.router.listener import HttpListener
+from xloom.router.request_id import Correlated
+from xloom.router.traffic import Traffic
 from xloom.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,6 +45,8 @@ class Router:
     async def __init__(  # type: ignore[misc]
         self, replicas: DeploymentHandle, settings: Settings, token: str, max_lora_rank: int, store: StoreClient
     ) -> None:
+        watch, base, router_id = settings.observability, settings.model.served_name, f"router-{uuid.uuid4().hex[:8]}"
+        logs.configure(watch.logs, "router", router_id, logs.secrets_of(settings, token))
         # vLLM looks for a device as it is imported; the front end needs none.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from xloom.router.core_client import RoutedCoreClient
@@ -49,18 +56,25 @@ class Router:
 
         self._replicas = replicas
         self._starving: asyncio.Task[None] | None = None
-        self._dispatcher = Dispatcher(self._discover, token, f"router-{uuid.uuid4().hex[:8]}")
+        RECORDER.start()
+        self._tracing = traces.start(watch.traces, "router", router_id)
+        journal = journal_for("router", router_id, base, lines=watch.logs.requests, tracing=self._tracing)
+        traffic = Traffic(RECORDER, base)
+        self._dispatcher = Dispatcher(self._discover, token, router_id, traffic=traffic, journal=journal)
         self._dispatcher.on_starved = self._ask_for_a_replica
         config = await asyncio.to_thread(front_end_config, settings)
         self._engine = RoutedEngineClient(config, RoutedCoreClient(self._dispatcher))
         app, models = await build_front_end(self._engine, settings)
+        logs.adopt("vllm", "uvicorn")
         self._catalog = Catalog(store, models.take)
         await self._catalog.start(FIRST_MANIFEST_S)
         control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._catalog, store)
         attach_routes(app, control)
         register(self._dispatcher)
         guarded = Guard(app, _secret(settings.router.api_key), _secret(settings.router.admin_key))
-        self._listener = HttpListener(CodedErrors(guarded), settings.router.host, settings.router.port)
+        coded = CodedErrors(guarded, uncounted=OPEN)
+        correlated = Correlated(coded, tracing=self._tracing, lines=watch.logs.requests)
+        self._listener = HttpListener(correlated, settings.router.host, settings.router.port)
         app.state.server = self._listener.server
         self._dispatcher.start()
         await self._listener.start()
@@ -105,6 +119,8 @@ class Router:
         await self._catalog.close()
         await self._dispatcher.close()
         self._engine.shutdown()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def _secret(key: Any) -> str | None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
+from xloom.observability.journal import Journal
+from xloom.observability.logs import fields
+from xloom.observability.recorder import Recorder
 from xloom.protocol import Abort, RequestFailed, Step, Submit, TokenChunk, TokenRequest, XloomError
 from xloom.router.directory import Directory, Discover, Link
 from xloom.router.placement import Candidate, choose
 from xloom.router.replay import replay
+from xloom.router.traffic import Ending, RequestFigures, Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,7 @@ class _Flight:
     """One request, from its arrival to its end."""
 
     request: TokenRequest  # as it arrived
+    figures: RequestFigures
     tokens: list[int] = field(default_factory=list)  # emitted so far, over all attempts
     attempts: int = 0  # replicas that have begun it
     link: Link | None = None
@@ -40,9 +46,18 @@ class Dispatcher:
     """Sends token requests to replicas and hands their tokens back, step by step."""
 
     def __init__(
-        self, discover: Discover, token: str, router_id: str, *, ready_timeout_s: float = READY_TIMEOUT_S
+        self,
+        discover: Discover,
+        token: str,
+        router_id: str,
+        *,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        traffic: Traffic | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.router_id = router_id
+        self._traffic = traffic or Traffic(Recorder(), "base")
+        self._journal = journal
         self.directory = Directory(discover, token, router_id, self)
         self.on_tokens: OnStep = lambda chunks: None
         self.on_failed: OnFailed = lambda request_id, error: None
@@ -76,12 +91,15 @@ class Dispatcher:
 
     def submit(self, request: TokenRequest) -> None:
         """Take a request; its chunks or its failure come through the callbacks."""
-        flight = _Flight(request)
+        if self._journal is not None:
+            request = self._journal.begin(request)
+        flight = _Flight(request, self._traffic.begin(request))
         self._flights[request.request_id] = flight
+        self._traffic.in_flight.set(len(self._flights))
         self._place(flight)
 
-    def abort(self, request_ids: list[str]) -> None:
-        """Forget requests and free what they hold; unknown ids are ignored."""
+    def abort(self, request_ids: list[str], ending: Ending = "abort") -> None:
+        """Forget requests and free what they hold; unknown ids are ignored. `ending` is what they count as."""
         by_link: dict[Link, list[str]] = {}
         for request_id in request_ids:
             flight = self._flights.get(request_id)
@@ -89,6 +107,9 @@ class Dispatcher:
                 continue
             if flight.link is not None:
                 by_link.setdefault(flight.link, []).append(flight.wire_id)
+            flight.figures.end(ending)
+            if self._journal is not None:
+                self._journal.end(request_id, ending)
             self._drop(flight)
         for link, wire_ids in by_link.items():
             link.send(Abort(wire_ids))
@@ -127,6 +148,9 @@ class Dispatcher:
         flight.wire_id = f"{request.request_id}#{self._turn}" if flight.attempts else request.request_id
         flight.attempts += 1
         self._on_wire[flight.wire_id] = flight
+        self._traffic.placed(chosen, key is None or key in link.stats.adapters)
+        if self._journal is not None:
+            self._journal.sent(flight.request.request_id, chosen)
         link.own.add(flight.wire_id)
         if flight.wire_id != request.request_id:
             request = msgspec.structs.replace(request, request_id=flight.wire_id)
@@ -141,11 +165,13 @@ class Dispatcher:
             loop = asyncio.get_running_loop()
             flight.patience = loop.call_later(self._ready_timeout_s, self._give_up, flight)
         self._waiting[flight.request.request_id] = flight
+        self._traffic.waiting.set(len(self._waiting))
         if not self.directory.links:
             self.on_starved()
 
     def _stop_waiting(self, flight: _Flight) -> None:
         self._waiting.pop(flight.request.request_id, None)
+        self._traffic.waiting.set(len(self._waiting))
         if flight.patience is not None:
             flight.patience.cancel()
             flight.patience = None
@@ -168,8 +194,12 @@ class Dispatcher:
         self._land(flight)
         self._stop_waiting(flight)
         self._flights.pop(flight.request.request_id, None)
+        self._traffic.in_flight.set(len(self._flights))
 
     def _fail(self, flight: _Flight, error: XloomError) -> None:
+        flight.figures.end("error")
+        if self._journal is not None:
+            self._journal.end(flight.request.request_id, "error", error.code)
         self._drop(flight)
         self.on_failed(flight.request.request_id, error)
 
@@ -182,16 +212,21 @@ class Dispatcher:
     def on_step(self, link: Link, step: Step) -> None:
         """The hot path: one engine step's chunks."""
         chunks = []
+        now = time.monotonic()
         for chunk in step.chunks:
             flight = self._on_wire.get(chunk.request_id)
             if flight is None:
                 continue  # aborted, or an attempt that was given up
             flight.tokens.extend(chunk.token_ids)
+            flight.figures.tokens(len(chunk.token_ids), chunk.num_cached_tokens, now)
             chunk.request_id = flight.request.request_id
             if chunk.finish_reason is not None:
+                flight.figures.end(chunk.finish_reason)
                 self._drop(flight)
             chunks.append(chunk)
         if chunks:
+            if self._journal is not None:
+                self._journal.step(chunks)
             self.on_tokens(chunks)
 
     def on_refused(self, link: Link, failure: RequestFailed) -> None:
@@ -202,7 +237,8 @@ class Dispatcher:
         if not failure.retryable:
             self._fail(flight, error)
             return
-        logger.info("request %s goes on elsewhere: %s", flight.request.request_id, failure.code)
+        told = fields(request_id=flight.request.client_id, replica=link.info.replica_id)
+        logger.info("request %s goes on elsewhere: %s", flight.request.request_id, failure.code, extra=told)
         flight.refused_by.add(link.info.replica_id)
         if failure.code == "replica_draining":
             link.draining = True
@@ -211,9 +247,10 @@ class Dispatcher:
             flight.attempts -= 1
             flight.refusal = error
         self._land(flight)
-        self._place(flight)
+        self._go_on(flight, failure.code)
 
     def on_report(self, link: Link) -> None:
+        self._traffic.replicas.set(len(self.directory.links))
         if self._waiting and not link.draining:
             self.on_ready(link)
         self.on_figures()
@@ -225,5 +262,14 @@ class Dispatcher:
         for flight in lost:
             self._land(flight)
         for flight in lost:
-            self._place(flight)
+            self._go_on(flight, "replica_lost")
+        self._traffic.replicas.set(len(self.directory.links))
         self.on_figures()
+
+    def _go_on(self, flight: _Flight, reason: str) -> None:
+        """On another replica, now or when there is one."""
+        if self._journal is not None:
+            self._journal.moved(flight.request.request_id, reason)
+        self._place(flight)
+        if flight.request.request_id in self._flights:  # else it could not, and has failed
+            self._traffic.replayed(reason)

@@ -7,7 +7,7 @@ Relies on vLLM 0.32: `vllm.v1.engine.async_llm.AsyncLLM`, which makes its client
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
@@ -20,9 +20,12 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+from xloom.engines.vllm_metrics import RequestStatLogger
 from xloom.protocol import XloomError
 from xloom.router.core_client import RoutedCoreClient
+from xloom.router.traffic import Ending
 from xloom.settings import Settings
 
 
@@ -72,8 +75,21 @@ class RoutedEngineClient(AsyncLLM):
 
     def __init__(self, vllm_config: VllmConfig, core: RoutedCoreClient) -> None:
         with _core_client(core):
-            super().__init__(vllm_config, Executor, log_stats=True, log_requests=False)
+            super().__init__(
+                vllm_config,
+                Executor,
+                log_stats=True,
+                log_requests=False,
+                # Both by name: StatLoggerManager leaves its own Prometheus logger out once it is given one of its kind;
+                # and that one last: each, as it is made, takes what /metrics had of vLLM out of the registry.
+                stat_loggers=[RequestStatLogger, PrometheusStatLogger],
+            )
         core.call_on_failure(self._fail)
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """As `AsyncLLM.abort`, told apart from what its output handler ends at a stop string."""
+        request_ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        self._abort_in_core(self.output_processor.abort_requests(request_ids, internal), "abort")
 
     def _fail(self, request_id: str, error: XloomError) -> None:
         """End a request with an error; siblings of the same parallel sampling end with it."""
@@ -82,13 +98,13 @@ class RoutedEngineClient(AsyncLLM):
             return
         whole = state.parent_req.request_id if state.parent_req is not None else request_id
         others = self.output_processor.abort_requests([whole], internal=True)
-        self._abort_in_core([other for other in others if other != request_id])
+        self._abort_in_core([other for other in others if other != request_id], "error")
         if state.queue is not None:
             state.queue.put(RequestError(error))
 
-    def _abort_in_core(self, request_ids: list[str]) -> None:
+    def _abort_in_core(self, request_ids: list[str], ending: Ending) -> None:
         assert isinstance(self.engine_core, RoutedCoreClient)
-        self.engine_core.abort_now(request_ids)
+        self.engine_core.abort_now(request_ids, ending)
 
 
 @contextmanager

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
+from xloom.observability.recorder import OTHER, RECORDER, Recorder
+from xloom.observability.table import HTTP_ERRORS
 from xloom.protocol import XloomError
 
 Message = MutableMapping[str, Any]
@@ -27,6 +30,7 @@ _BY_STATUS = {
     501: "not_implemented",
     503: "unavailable",
 }
+_CODE = re.compile(r"[a-z][a-z_]{1,47}")  # the shape of our codes, which are constants: never a client's words
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 # What vLLM 0.32 says of a prompt that is too long: `vllm.renderers.params.TokenizeParams`,
@@ -65,10 +69,13 @@ async def send_error(send: Send, error: XloomError) -> None:
 
 
 class CodedErrors:
-    """ASGI middleware: gives every error answer that has no code of ours the one that fits."""
+    """ASGI middleware: gives every error answer that has no code of ours the one that fits, and counts them.
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    Answers at `uncounted` paths are no news: a probe is refused all the while a replica starts.
+    """
+
+    def __init__(self, app: App, *, uncounted: Collection[str] = (), recorder: Recorder = RECORDER) -> None:
+        self._app, self._uncounted, self._recorder = app, uncounted, recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,48 +90,57 @@ class CodedErrors:
                 if message["status"] >= 400 and _is_json(message["headers"]):
                     start = message
                     return
+                if message["status"] >= 400:
+                    self._count(scope, message["status"], code_for(message["status"], "", None))
             elif start is not None:
                 body.extend(message.get("body", b""))
                 if message.get("more_body", False):
                     return
-                await self._finish(start, bytes(body), send)
+                code, coded = _coded(start["status"], bytes(body))
+                self._count(scope, start["status"], code)
+                await self._finish(start, coded, send)
                 return
             await send(message)
 
         await self._app(scope, receive, rewrite)
 
     @staticmethod
-    async def _finish(start: Message, body: bytes, send: Send) -> None:
-        coded = _coded(start["status"], body)
+    async def _finish(start: Message, coded: bytes, send: Send) -> None:
         headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
         headers.append((b"content-length", str(len(coded)).encode()))
         await send({**start, "headers": headers})
         await send({"type": "http.response.body", "body": coded})
+
+    def _count(self, scope: Scope, status: int, code: str) -> None:
+        if "/" + scope.get("path", "").strip("/") not in self._uncounted:
+            self._recorder.inc(HTTP_ERRORS, status=status, code=code if _CODE.fullmatch(code) else OTHER)
 
 
 def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
     return any(name.lower() == b"content-type" and b"json" in value for name, value in headers)
 
 
-def _coded(status: int, body: bytes) -> bytes:
+def _coded(status: int, body: bytes) -> tuple[str, bytes]:
+    """The code of an error answer, and the answer with it."""
     try:
         answer = json.loads(body)
     except ValueError:
-        return body
+        return code_for(status, "", None), body
     error = answer.get("error", answer.get("detail")) if isinstance(answer, dict) else None
     if isinstance(error, str):
         error = {"message": error}
     if not isinstance(error, dict):
         error = {"message": f"The request failed with status {status}."}
     if isinstance(error.get("code"), str):
-        return body
+        return error["code"], body
     message, param = str(error.get("message", "")), error.get("param")
+    code = code_for(status, message, param)
     answer = {
         "error": {
             "message": message,
             "type": error.get("type") or error_type(status),
             "param": param,
-            "code": code_for(status, message, param),
+            "code": code,
         }
     }
-    return json.dumps(answer).encode()
+    return code, json.dumps(answer).encode()

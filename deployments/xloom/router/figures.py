@@ -9,18 +9,19 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from xloom.observability import table
 from xloom.router.dispatch import Dispatcher
 
-_GAUGES = {
-    "running": "Requests the replica's engine works on",
-    "waiting": "Requests that wait in the replica's engine",
-    "kv_pages_used": "KV pages in use",
-    "kv_pages_total": "KV pages the engine has",
+_GAUGES = {  # by field of `EngineStats`
+    "running": table.REPLICA_RUNNING,
+    "waiting": table.REPLICA_WAITING,
+    "kv_pages_used": table.KV_PAGES_USED,
+    "kv_pages_total": table.KV_PAGES_TOTAL,
 }
 
 
 class ReplicaFigures(Collector):
-    """Gauges `xloom_replica_*`, one series per connected replica, and `xloom_router_in_flight`."""
+    """The replicas' gauges, one series per connected replica, and the requests in this router."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -28,12 +29,13 @@ class ReplicaFigures(Collector):
     def collect(self) -> Iterator[Any]:
         """The figures of the newest reports."""
         links = self._dispatcher.directory.links
-        for name, text in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"xloom_replica_{name}", text, labels=["replica"])
+        for field, metric in _GAUGES.items():
+            gauge = GaugeMetricFamily(metric.name, metric.text, labels=metric.labels)
             for link in links:
-                gauge.add_metric([link.info.replica_id], float(getattr(link.stats, name)))
+                gauge.add_metric([link.info.replica_id], float(getattr(link.stats, field)))
             yield gauge
-        yield GaugeMetricFamily("xloom_router_in_flight", "Requests in this router", value=self._dispatcher.in_flight)
+        in_flight = table.ROUTER_IN_FLIGHT
+        yield GaugeMetricFamily(in_flight.name, in_flight.text, value=self._dispatcher.in_flight)
 
 
 def register(dispatcher: Dispatcher, registry: CollectorRegistry = REGISTRY) -> None:

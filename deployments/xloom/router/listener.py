@@ -30,6 +30,7 @@ class HttpListener:
         self._socket = _bind(host, port)
         config = uvicorn.Config(
             app,
+            log_config=None,  # the process's own: xloom.observability.logs
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GRACE_S,

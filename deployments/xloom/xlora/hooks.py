@@ -36,6 +36,7 @@ class Adapter:
 
     modules: Mapping[str, GatedModule]
     routing: Routing | None  # of a bundle
+    name: str = ""  # with its generation; for figures
 
     @classmethod
     def load(cls, prepared: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Adapter:

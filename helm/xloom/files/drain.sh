@@ -2,6 +2,6 @@
 sleep 5
 end=$(($(date +%s) + __DRAIN__))
 while [ "$(date +%s)" -lt "$end" ]; do
-  wget -q -T 2 -O - http://127.0.0.1:__PORT__/metrics 2>/dev/null | grep -q '^xloom_router_in_flight [1-9]' || exit 0
+  wget -q -T 2 -O - http://127.0.0.1:__PORT__/metrics 2>/dev/null | grep -qE '^xloom_router_in_flight(\{[^}]*\})? [1-9]' || exit 0
   sleep 1
 done

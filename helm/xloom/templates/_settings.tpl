@@ -31,7 +31,10 @@
 {{/* What `serve deploy` takes, in the shape `xloom build` writes. */}}
 {{- define "xloom.serveConfig" -}}
 proxy_location: Disabled
+{{- $logs := dig "observability" "logs" dict .Values.settings }}
 logging_config:
+  encoding: {{ eq (dig "format" "text" $logs) "json" | ternary "JSON" "TEXT" }}
+  log_level: {{ dig "level" "INFO" $logs }}
   enable_access_log: false
 applications:
   - name: xloom

@@ -67,8 +67,8 @@
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
 {{- fail "httpRoute.enabled needs a gateway. Set httpRoute.parentRefs, as [{name: public, namespace: gateways}]." -}}
 {{- end -}}
-{{- if and .Values.metrics.prometheusRule.enabled (not (and .Values.metrics.podMonitor.enabled .Values.metrics.serviceMonitor.enabled)) -}}
-{{- fail "metrics.prometheusRule needs the figures of both monitors. Set metrics.podMonitor.enabled and metrics.serviceMonitor.enabled." -}}
+{{- if and .Values.metrics.prometheusRule.enabled (not .Values.metrics.podMonitor.enabled) -}}
+{{- fail "metrics.prometheusRule needs the figures of the PodMonitor. Set metrics.podMonitor.enabled." -}}
 {{- end -}}
 {{- end -}}
 

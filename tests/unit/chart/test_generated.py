@@ -11,11 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from prometheus_client import CollectorRegistry
+import yaml
 
-from tests.unit.chart.rendering import CHART, ROOT, one, render
-from xloom.router.figures import ReplicaFigures
+from tests.unit.chart.rendering import CHART, ROOT, Object, Values, merged, one, render
 from xloom.settings import Settings
+from xloom_dashboards.alerts import ALERTS
+from xloom_dashboards.boards import BOARDS
 
 MONITORED = {
     "metrics": {
@@ -24,6 +25,16 @@ MONITORED = {
         "prometheusRule": {"enabled": True},
     }
 }
+
+
+CHART_VALUES: Values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+
+
+def rules(values: Values | None = None) -> list[Object]:
+    """The alerts of a release that has all monitors."""
+    [group] = one(render(merged(MONITORED, values or {})), "PrometheusRule")["spec"]["groups"]
+    found: list[Object] = group["rules"]
+    return found
 
 
 @pytest.fixture
@@ -77,37 +88,39 @@ def test_the_schema_knows_every_setting() -> None:
 
 
 def test_each_alert_has_a_summary_and_a_heading_in_the_documentation() -> None:
+    page = CHART_VALUES["metrics"]["prometheusRule"]["runbookUrl"]
     headings = {
         line.lstrip("# ").strip().lower()
-        for line in (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8").splitlines()
+        for line in (ROOT / page).read_text(encoding="utf-8").splitlines()
         if line.startswith("#")
     }
-    [group] = one(render(MONITORED), "PrometheusRule")["spec"]["groups"]
-    for rule in group["rules"]:
-        page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
-        assert page == "docs/kubernetes.md"
+    for rule in rules():
+        linked, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        assert linked == page
         assert anchor == rule["alert"].lower()
         assert anchor in headings
         assert rule["annotations"]["summary"].endswith(".")
 
 
-def test_alerts_ask_for_figures_that_exist() -> None:
-    class Nobody:
-        in_flight = 0
+def test_alerts_are_those_of_the_table_narrowed_to_the_release() -> None:
+    found = rules({"settings": {"replicas": {"target_queue_depth": 5}}})
+    assert [rule["alert"] for rule in found] == [alert.name for alert in ALERTS]
+    ours = 'namespace="serving",job="serving/xloom"'  # what the PodMonitor of the release gives its series
+    for rule, alert in zip(found, ALERTS, strict=True):
+        assert rule["expr"] == alert.expr.replace("SCOPE", ours).replace("QUEUE_LIMIT", "10")
+        assert (rule["for"], rule["annotations"]["summary"]) == (alert.hold, alert.summary)
+        assert rule["labels"] == {"severity": alert.severity, "namespace": "serving", "service": "xloom"}
+        scopes = re.findall(r"\bray_\w+\{([^}]*)\}", rule["expr"])
+        assert scopes
+        assert all(scope.startswith(ours) for scope in scopes)
 
-        class directory:
-            links = ()
 
-    registry = CollectorRegistry()
-    registry.register(ReplicaFigures(Nobody()))  # type: ignore[arg-type]
-    exported = {metric.name for metric in registry.collect()}
-    # ray/serve/_private/deployment_state.py, Ray 2.60; its exporter puts `ray_` in front.
-    source = Path(importlib.import_module("ray.serve._private").__path__[0]) / "deployment_state.py"
-    assert '"serve_deployment_replica_healthy"' in source.read_text(encoding="utf-8")
-    exported.add("ray_serve_deployment_replica_healthy")
-    [group] = one(render(MONITORED), "PrometheusRule")["spec"]["groups"]
-    asked = {name for rule in group["rules"] for name in re.findall(r"\b(?:xloom|ray)_\w+", rule["expr"])}
-    assert asked <= exported
+def test_the_boards_are_in_the_chart_and_rendered_as_they_are() -> None:
+    config = one(render({"metrics": {"dashboards": {"enabled": True}}}), "ConfigMap")
+    assert {name: json.loads(text) for name, text in config["data"].items()} == {
+        board.file: board.json() for board in BOARDS
+    }
+    assert sum(map(len, config["data"].values())) < 2**20  # what a ConfigMap holds
 
 
 def test_monitors_select_what_the_chart_labels() -> None:

@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "accounts without names": ({"serviceAccount": {"create": False}}, "Name the accounts that exist"),
     "alerts without figures": (
         {"metrics": {"prometheusRule": {"enabled": True}}},
-        "Set metrics.podMonitor.enabled and metrics.serviceMonitor.enabled.",
+        "metrics.prometheusRule needs the figures of the PodMonitor. Set metrics.podMonitor.enabled.",
     ),
     "name Kubernetes refuses": ({"fullnameOverride": "7b"}, "must start with a lower-case letter"),
 }

@@ -12,9 +12,8 @@ import yaml
 
 from tests.unit.chart.rendering import (
     CHART,
-    CRDS,
     EXAMPLES,
-    SNAPSHOT,
+    SNAPSHOTS,
     Object,
     Values,
     crd_validator,
@@ -25,7 +24,7 @@ from tests.unit.chart.rendering import (
     one,
     render,
     render_files,
-    snapshot,
+    snapshots,
     validate,
 )
 from xloom.commands.build import build_config
@@ -167,7 +166,6 @@ def test_every_pair_of_options_makes_valid_objects() -> None:
         assert len(names) == len(set(names)), values
 
 
-@pytest.mark.skipif(not CRDS.is_dir(), reason="KubeRay's CRDs are not at hand")
 def test_the_schema_of_ray_objects_refuses_unknown_fields() -> None:
     service = one(render({}), "RayService")
     service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["cpus"] = 1
@@ -175,9 +173,17 @@ def test_the_schema_of_ray_objects_refuses_unknown_fields() -> None:
     assert "'cpus' was unexpected" in error.message
 
 
-def test_the_default_release_is_the_one_on_record() -> None:
+def test_releases_are_those_on_record() -> None:
     """After a change that is meant: python -m tests.unit.chart.rendering."""
-    assert snapshot() == SNAPSHOT.read_text(encoding="utf-8")
+    made = snapshots()
+    assert {file.name for file in SNAPSHOTS.iterdir()} == set(made)
+    for name, text in made.items():
+        assert text == (SNAPSHOTS / name).read_text(encoding="utf-8"), name
+
+
+def test_every_option_lints() -> None:
+    for values in [option for line in OPTIONS for option in line]:
+        assert helm_python.lint(CHART, values, strict=True)["errors"] == [], values
 
 
 def serve_config(objects: list[Object]) -> Object:
@@ -185,7 +191,14 @@ def serve_config(objects: list[Object]) -> Object:
     return config
 
 
-@pytest.mark.parametrize("values", [{}, *map(example, EXAMPLES)], ids=["defaults", *(file.stem for file in EXAMPLES)])
+JSON_LOGS: Values = {"settings": {"observability": {"logs": {"format": "json", "level": "WARNING"}}}}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, JSON_LOGS, *map(example, EXAMPLES)],
+    ids=["defaults", "JSON logs", *(file.stem for file in EXAMPLES)],
+)
 def test_the_serve_config_is_what_xloom_build_would_write(values: Values) -> None:
     from ray.serve.schema import ServeDeploySchema
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from tests.programs import needs
 from tests.unit.chart.rendering import one, pod_templates, render
+
+WGET = needs("wget", package="wget")
 
 Answer = Callable[[dict[str, str], Any], tuple[int, str]]  # headers, body -> status, text
 
@@ -92,7 +94,7 @@ def test_the_hook_says_what_it_waited_for() -> None:
     assert "no token in time: " in result.stderr
 
 
-@pytest.mark.skipif(shutil.which("wget") is None, reason="wget is not installed")
+@WGET
 @pytest.mark.parametrize(
     ("figures", "asked"),
     [(["3.0", "12.0", "0.0"], 3), (["0.0"], 1), ([], 0)],
@@ -113,7 +115,7 @@ def test_a_pod_goes_once_its_router_has_answered(figures: list[str], asked: int)
     assert len(figures) - len(left) == asked
 
 
-@pytest.mark.skipif(shutil.which("wget") is None, reason="wget is not installed")
+@WGET
 def test_a_pod_waits_no_longer_than_the_drain_timeout() -> None:
     values = {"settings": {"replicas": {"drain_timeout_s": 1}}}
     container = pod_templates(render(values))["worker cpu"]["spec"]["containers"][0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 
+from tests.pages import blocks
 from tests.unit.chart.rendering import ROOT, Values, example, helm_python, merged, of_kind, one, render, validate
 
 DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
@@ -13,9 +13,8 @@ DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 
 def commands(prefix: str) -> list[list[str]]:
     """The document's commands that begin so, as words."""
-    blocks = re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(prefix)]
+    begin = prefix.split()
+    return [words for block in blocks("kubernetes.md") for words in block.commands if words[: len(begin)] == begin]
 
 
 def given(words: list[str], before: Values) -> Values:
@@ -45,12 +44,18 @@ def _typed(value: object) -> Values:
 
 
 def test_each_command_of_the_walk_through_renders() -> None:
-    steps = [words for words in commands("helm ") if "helm/xloom" in words]
+    steps = [words for words in commands("helm") if "helm/xloom" in words]
     assert [words[1] for words in steps] == ["install", "upgrade", "upgrade", "upgrade", "upgrade"]
     values: Values = {}
     for words in steps:
         values = given(words, values)
         validate(render(values))
+
+
+def test_a_block_that_says_it_is_rendered_installs_the_chart() -> None:
+    for block in blocks("kubernetes.md"):
+        installs = any(words[0] == "helm" and "helm/xloom" in words for words in block.commands)
+        assert ("rendered" in (block.reason or "")) is installs
 
 
 def test_each_example_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,18 @@ def test_a_launcher_starts_ray_as_engines_need_it(name: str) -> None:
     found = read(name)
     for part in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert "RAY_worker_niceness=0" in found[part][-1]
+        assert "RAY_AUTH_MODE=token" in found[part][-1]
         assert "XLOOM_API_KEY" not in found[part][-1]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_gives_every_node_the_token_and_xlooms_python(name: str) -> None:
+    found = read(name)
+    assert [local for remote, local in found["file_mounts"].items() if remote.endswith("/.ray/auth_token")]
+    [path] = [line for line in found["setup_commands"] if "~/.bashrc" in line]
+    [folder] = re.findall(r'PATH="\$HOME/(\S+)/bin:\$PATH"', path)
+    starts = [*found["head_start_ray_commands"], *found["worker_start_ray_commands"]]
+    assert all(f"~/{folder}/bin/ray " in line for line in starts)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

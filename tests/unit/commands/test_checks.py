@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 from xloom.cli import main
 from xloom.commands import checks, doctor
 from xloom.commands.checks import GIB, Finding
-from xloom.quantization.fitting import available_memory
 from xloom.settings import Settings, parse_settings
 
 
@@ -135,15 +135,40 @@ def test_pages_double_for_xlora_and_for_float32(tmp_path: Path) -> None:
     assert checks.kv_bytes(folder, settings_for(folder), {"avx2"}) == 2 * plain  # auto, without native bfloat16
 
 
+def write_weights(folder: Path, shapes: dict[str, list[int]]) -> None:
+    """A float32 safetensors file's header; nobody reads further."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+def test_quantised_weights_count_as_what_is_left_of_them(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    write_weights(folder, {"model.layers.0.mlp.up_proj.weight": [64, 256], "model.embed_tokens.weight": [100, 10]})
+    isq = settings_for(folder, isq={"method": "rtn", "bits": 8}).isq
+    assert isq is not None
+    assert checks.quantised_bytes(folder, isq) == 64 * 256 + 4 * 1000
+    assert checks.quantised_bytes(folder, isq.model_copy(update={"bits": "auto"})) < 64 * 256
+    pages = checks.kv_bytes(folder, settings_for(folder), NATIVE)
+    many = settings_for(folder, isq={"method": "rtn", "bits": 8}, replicas={"min": 3, "max": 3})
+    assert checks.memory_needed(many, NATIVE) - checks.PROCESSES_BYTES == 3 * (64 * 256 + 4 * 1000 + pages)
+
+
+def test_what_quantises_holds_the_plain_weights(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    write_weights(folder, {"model.layers.0.mlp.up_proj.weight": [1024, 1024]})
+    settings = settings_for(folder, isq={"method": "rtn"}, engine={"paged_attention": {"max_blocks": 2}})
+    plain = (folder / "model.safetensors").stat().st_size
+    assert checks.memory_needed(settings, NATIVE) - checks.PROCESSES_BYTES == plain
+
+
 def test_a_hub_model_not_here_counts_as_nothing() -> None:
     settings = parse_settings({"model": {"source": "org/model"}})
     assert checks.memory_needed(settings, NATIVE) == checks.PROCESSES_BYTES
-
-
-def test_free_memory_is_read_from_meminfo(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       2048 kB\n")
-    assert available_memory(tmp_path / "meminfo") == 2048 * 1024
-    assert available_memory(tmp_path / "none") is None
 
 
 def test_no_compiler_fails_only_where_compiled_mode_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

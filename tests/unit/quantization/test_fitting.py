@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xloom.quantization.fitting import GIB, PROCESS_BYTES, Weights, _available, _cgroup, choose_bits
+from xloom.quantization.fitting import GIB, PROCESS_BYTES, Weights, available_memory, choose_bits, free_bytes
 
 SEVEN_BILLION = Weights(linears=6_500_000_000, others=500_000_000)
 
@@ -42,13 +42,19 @@ def test_a_case_the_method_has_not_is_passed_over() -> None:
 
 
 def test_free_memory_is_read_within_the_control_group(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
-    assert _available(tmp_path / "meminfo") == 2048 * 1024
-    assert _available(tmp_path / "none") > 0
-    assert _cgroup(tmp_path) == (None, 0)
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
+    assert available_memory(meminfo, tmp_path / "no group") == 2048 * 1024
+    assert available_memory(tmp_path / "none", tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300\n")
-    assert _cgroup(tmp_path) == (1000, 400)
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300\n")  # page cache, which can be dropped
+    assert available_memory(meminfo, tmp_path) == 600
+    (tmp_path / "memory.current").write_text("9000\n")
+    assert available_memory(meminfo, tmp_path) == 0
     (tmp_path / "memory.max").write_text("max\n")
-    assert _cgroup(tmp_path)[0] is None
+    assert available_memory(meminfo, tmp_path) == 2048 * 1024
+
+
+def test_this_machine_has_memory() -> None:
+    assert free_bytes("cpu") > 0

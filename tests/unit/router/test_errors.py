@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from xloom.observability.recorder import Recorder
+from xloom.observability.table import HTTP_ERRORS
 from xloom.router.errors import CodedErrors, Message
+from xloom.router.guard import OPEN
 
 
 async def answer(
@@ -62,3 +65,44 @@ async def test_bare_texts_get_the_shape() -> None:
 async def test_answers_that_are_no_errors_pass_untouched() -> None:
     assert (await answer(200, b'{"error": {"code": 1}}'))[1] == b'{"error": {"code": 1}}'
     assert (await answer(500, b"plain words", b"text/plain"))[1] == b"plain words"
+
+
+async def counted(
+    status: int, body: bytes, path: str = "/v1/completions", content_type: bytes = b"application/json"
+) -> Recorder:
+    """What is counted when the app inside answers so."""
+    recorder = Recorder()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type)]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def ignore(message: Message) -> None: ...
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    middleware = CodedErrors(app, uncounted=OPEN, recorder=recorder)
+    await middleware({"type": "http", "path": path}, receive, ignore)
+    return recorder
+
+
+async def test_errors_are_counted_by_status_and_code() -> None:
+    refused = await counted(404, b'{"error": {"message": "The model `x` does not exist.", "param": "model"}}')
+    assert refused.value(HTTP_ERRORS, status=404, code="model_not_found") == refused.value(HTTP_ERRORS) == 1
+    ours = await counted(503, b'{"error": {"message": "none", "code": "no_replica_ready"}}')
+    assert ours.value(HTTP_ERRORS, status=503, code="no_replica_ready") == 1
+    plain = await counted(500, b"plain words", content_type=b"text/plain")
+    assert plain.value(HTTP_ERRORS, status=500, code="internal_error") == plain.value(HTTP_ERRORS) == 1
+    assert (await counted(200, b"{}")).value(HTTP_ERRORS) == 0
+
+
+async def test_what_a_client_sent_becomes_no_label() -> None:
+    for code in ("no-such-model-7c1d", "Sea", "x" * 80, ""):
+        body = json.dumps({"error": {"message": "no", "code": code}}).encode()
+        assert (await counted(404, body)).value(HTTP_ERRORS, status=404, code="other") == 1
+
+
+@pytest.mark.parametrize("path", ["/ready", "/health/", "/metrics"])
+async def test_refused_probes_are_not_counted(path: str) -> None:
+    assert (await counted(503, b'{"error": "not yet"}', path)).value(HTTP_ERRORS) == 0

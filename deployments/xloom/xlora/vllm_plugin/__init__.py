@@ -7,6 +7,7 @@ relied on of vLLM 0.32 is named beside each use; `tests/integration/test_vllm_se
 from __future__ import annotations
 
 XLORA_PREFIX = "XLora"  # of the architectures registered here, before vLLM's own name
+WORKER_EXTENSION = "xloom.xlora.vllm_plugin.figures.MixtureWorker"
 
 ARCHITECTURES = (
     "LlamaForCausalLM",

@@ -21,8 +21,9 @@ WIDENED_GATE_BYTES = 256 << 20  # above this the gates are widened to ranks line
 class SlotRouting:
     """A bundle's routing as the kernels want it: rows by module name, gates by rank."""
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Routing, name: str = "") -> None:
         self.routing = routing
+        self.name = name  # the bundle's, with its generation
         self.row = {name: number for number, name in enumerate(routing.modules)}
         self.segments = [segment_index(segments) for segments in routing.segments]  # M times [R_m]
         self.alike = all(segments == routing.segments[0] for segments in routing.segments)

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from xloom.xlora.vllm_plugin.figures import tally_of_this_rank
 from xloom.xlora.vllm_plugin.gates import BATCH
 
 SCALING_SUFFIX = "_scaling"
@@ -53,6 +54,7 @@ class TwoPass:
     def __init__(self, vllm_config: VllmConfig) -> None:
         layers = vllm_config.compilation_config.static_forward_context
         self.twin_of: dict[str, str] = {}
+        self._tally = tally_of_this_rank(vllm_config.device_config.device_type)
         for name, layer in list(layers.items()):
             if isinstance(layer, Attention):
                 twin = name + SCALING_SUFFIX
@@ -61,10 +63,12 @@ class TwoPass:
 
     def run(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The hidden states `[num_tokens, hidden]` of the forward pass."""
-        entries, gater = BATCH.xlora(), BATCH.gater
+        entries, gater, tally = BATCH.xlora(), BATCH.gater, self._tally
         context = get_forward_context()
         if not entries or gater is None or not context.attn_metadata:
-            return forward()  # profiling and warm-up runs have no attention metadata
+            return forward()  # profiling, warm-up and graph capture have no attention metadata
+        if tally is not None:
+            tally.start()
         for entry in entries:
             routing = entry.routing
             assert routing is not None
@@ -74,10 +78,20 @@ class TwoPass:
                 gater.set_gates(entry, routing.routing.scaling_pass_gates().unsqueeze(0))
         with override_forward_context(self._scaling_context(context)):
             hidden = forward()
+        if tally is not None:
+            tally.lap()
         for entry in entries:
             assert entry.routing is not None
-            gater.set_gates(entry, entry.routing.routing.gates(hidden[entry.rows]))
-        return forward()
+            gates = entry.routing.routing.gates(hidden[entry.rows])
+            gater.set_gates(entry, gates)
+            if tally is not None:
+                tally.add(entry.routing.name, entry.routing.routing, gates)
+        if tally is not None:
+            tally.lap()
+        mixed = forward()
+        if tally is not None:
+            tally.lap()
+        return mixed
 
     def _scaling_context(self, context: Any) -> Any:
         metadata, slots = context.attn_metadata, context.slot_mapping

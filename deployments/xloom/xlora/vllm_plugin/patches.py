@@ -108,7 +108,7 @@ def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
         if (folder / "xlora.json").is_file():
             from xloom.xlora.vllm_plugin.gates import SlotRouting
 
-            model.xloom_routing = SlotRouting(Routing.load(folder).to(self.device))
+            model.xloom_routing = SlotRouting(Routing.load(folder).to(self.device), lora_request.lora_name)
         return model
 
     return load_adapter

@@ -1,0 +1,1 @@
+"""xloom's Grafana boards and Prometheus alerts, as code."""
