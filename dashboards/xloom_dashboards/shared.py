@@ -18,7 +18,7 @@ BUNDLE = Variable("bundle", "Bundle", table.XLORA_TOKENS, "bundle", SCOPE.matche
 
 _VERSION = SCOPE.series(table.STORE_VERSION)
 _STATUS = SCOPE.series(upstream.APPLICATION_STATUS)
-_HEALTHY = SCOPE.series(upstream.REPLICA_HEALTHY, 'deployment="engine"')
+_CONNECTED = SCOPE.series(table.ROUTER_REPLICAS)
 
 # Each is asked once a minute, and looks one minute back: every change is marked once.
 ADAPTERS_CHANGED = Mark(
@@ -30,8 +30,8 @@ DEPLOYING = Mark(
     f"max by (application) ({_STATUS}) == 5", "blue", "the application is deployed",
 )  # fmt: skip
 REPLICAS_CHANGED = Mark(
-    "Replicas", "Another number of engine replicas is healthy",
-    f"sum({_HEALTHY}) != sum({_HEALTHY} offset 1m)", "orange", "an engine replica comes or goes",
+    "Replicas", "Routers know another number of engine replicas",
+    f"max({_CONNECTED}) != max({_CONNECTED} offset 1m)", "orange", "an engine replica comes or goes",
 )  # fmt: skip
 MARKS = (DEPLOYING, REPLICAS_CHANGED, ADAPTERS_CHANGED)
 

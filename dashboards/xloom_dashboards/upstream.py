@@ -1,6 +1,7 @@
 """The names of metrics that Ray 2.60, Ray Serve and vLLM 0.32 export. A test looks for each in their sources.
 
 Ray forgets a gauge that is not set again within two export periods: only those that Serve keeps setting are here.
+Serve sets its own every 10 s (`RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S`), and Ray exports every 10 s.
 """
 
 from __future__ import annotations

@@ -82,8 +82,10 @@ class Watched:
         wait_until(is_so, START_S, "a preemption", 0.25)
 
     def wait_seen(self, expression: str) -> None:
-        """Wait until an expression has a value now, as Prometheus sees it."""
-        wait_until(lambda: self.prometheus.get("query", query=expression)["result"] != [], START_S, expression, 0.5)
+        """Wait until an expression has had a value since the start, as Prometheus sees it."""
+        wait_until(
+            lambda: self.prometheus.between(expression, self.started, time.time()) != [], START_S, expression, 0.5
+        )
 
 
 def sample_settings(folder: Path, port: int, sections: dict[str, Any]) -> Path:
@@ -102,7 +104,11 @@ def watched(
 ) -> Iterator[Watched]:
     """Start all of it; `sections` are settings. Ray exports, and Prometheus scrapes, every so often."""
     ports = {name: str(free_port()) for name in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")}
-    quick = {"RAY_metrics_report_interval_ms": str(export_ms), "HF_HUB_OFFLINE": "1"}
+    quick = {
+        "RAY_metrics_report_interval_ms": str(export_ms),
+        "RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S": str(export_ms / 1000),
+        "HF_HUB_OFFLINE": "1",
+    }
     keys = {"XLOOM_API_KEY": API_KEY, "XLOOM_ADMIN_KEY": ADMIN_KEY}
     port = free_port()
     with LocalCluster(nodes=2, cpus=2, **ports, **quick, **keys) as cluster, contextlib.ExitStack() as ending:
