@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xloom.engines.kv_size import token_bytes
+from xloom.observability import traces
+from xloom.protocol import XloomError
 from xloom.quantization.recipes import BITS, Recipe, case, memory_bytes
-from xloom.settings import IsqSettings, Settings
+from xloom.settings import IsqSettings, Settings, TraceSettings
 
 GIB = 1024**3
 PROCESSES_BYTES = int(2.5 * GIB)  # Ray, router and store, and one replica with its engine, without weights and pages
@@ -206,6 +208,17 @@ def check_compiler(compile_wanted: bool) -> list[Finding]:
         cure = "apt-get install python3-dev (or engine.compile: false, slower)"
         findings.append(Finding("python headers", level, f"{header} is missing: compiled mode can't run", cure))
     return findings
+
+
+def check_traces(settings: TraceSettings) -> Finding | None:
+    """Whether traces can be sent, where the settings ask for them."""
+    if settings.endpoint is None:
+        return None
+    try:
+        traces.require(settings)
+    except XloomError as error:
+        return Finding("traces", "fail", error.message, error.cure)
+    return Finding("traces", "ok", f"to {settings.endpoint}")
 
 
 def check_devices() -> Finding:

@@ -36,6 +36,7 @@ def examine(settings: Settings) -> list[Finding]:
         checks.check_shared_memory(),
         checks.check_disk(store),
         *checks.check_compiler(settings.engine.compile),
+        checks.check_traces(settings.observability.traces),
         checks.check_port(settings.router.host, settings.router.port),
         checks.check_hub(),
     ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
+from xloom.observability import table
 from xloom_dashboards.expressions import substituted
 from xloom_dashboards.shared import REPLICAS_CHANGED
 
@@ -29,7 +28,7 @@ class Past:
 
 @pytest.fixture(scope="package")
 def past(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Past]:
-    """A queue brings a second replica, calm takes one away with its requests, the last one is killed.
+    """A queue brings a second replica, calm takes one away, the last one is killed at work.
 
     On the way requests and an adapter are refused, and another adapter comes and goes.
     """
@@ -44,6 +43,7 @@ def past(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Past]:
             made.wait_seen(substituted(REPLICAS_CHANGED.expr, {}))
         with Load(made.endpoint, lanes=2, length=150):
             made.wait_replicas(1)
-        [last] = made.endpoint.replicas()
-        os.kill(last["pid"], signal.SIGKILL)  # its health check fails, and Serve starts another
+            with Load(made.endpoint, lanes=2, length=500):
+                made.kill_busy()  # its health check fails, and Serve starts another, where its requests go on
+                made.wait_seen(f"ray_{table.REPLAYS.name}")
         yield Past(made, made.started, time.time())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +83,18 @@ class Watched:
 
         wait_until(is_so, START_S, "a preemption", 0.25)
 
+    def kill_busy(self) -> None:
+        """Kill a replica that has requests."""
+
+        def is_killed() -> bool:
+            for each in self.endpoint.replicas():
+                if each["state"] == "ready" and each["stats"]["running"]:
+                    os.kill(each["pid"], signal.SIGKILL)
+                    return True
+            return False
+
+        wait_until(is_killed, START_S, "a replica with requests", 0.25)
+
     def wait_seen(self, expression: str) -> None:
         """Wait until an expression has had a value since the start, as Prometheus sees it."""
         wait_until(
@@ -107,6 +121,7 @@ def watched(
     quick = {
         "RAY_metrics_report_interval_ms": str(export_ms),
         "RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S": str(export_ms / 1000),
+        "REPORTER_UPDATE_INTERVAL_MS": str(export_ms),
         "HF_HUB_OFFLINE": "1",
     }
     keys = {"XLOOM_API_KEY": API_KEY, "XLOOM_ADMIN_KEY": ADMIN_KEY}

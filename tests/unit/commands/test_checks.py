@@ -12,7 +12,7 @@ import pytest
 from xloom.cli import main
 from xloom.commands import checks, doctor
 from xloom.commands.checks import GIB, Finding
-from xloom.settings import Settings, parse_settings
+from xloom.settings import Settings, TraceSettings, parse_settings
 
 
 class CanRun:
@@ -175,6 +175,17 @@ def test_no_compiler_fails_only_where_compiled_mode_is_wanted(monkeypatch: pytes
     monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     assert checks.check_compiler(True)[0].level == "fail"
     assert checks.check_compiler(False)[0].level == "warn"
+
+
+def test_traces_are_looked_at_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.check_traces(TraceSettings()) is None
+    asked = TraceSettings(endpoint="http://collector:4318")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert checks.check_traces(asked) == Finding("traces", "ok", "to http://collector:4318")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = checks.check_traces(asked)
+    assert found is not None
+    assert (found.level, "xloom[traces]" in found.cure) == ("fail", True)
 
 
 def test_a_port_in_use_is_named() -> None:
