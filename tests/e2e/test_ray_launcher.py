@@ -96,8 +96,9 @@ class Machines:
         config["setup_commands"] = [f"ln -sfn {sys.prefix} ~/xloom/.venv", path]
         stop, start = config["head_start_ray_commands"]
         assert stop.endswith("ray stop")  # would end every Ray on this machine
-        own = f"--num-cpus=2 --min-worker-port=25000 --max-worker-port=25399 --dashboard-agent-listen-port={free_port()}"
-        own += f" --dashboard-port={free_port()} --ray-client-server-port={free_port()}"
+        own = "--num-cpus=2 --min-worker-port=25000 --max-worker-port=25399"
+        for name in ("dashboard-agent-listen", "dashboard", "ray-client-server"):
+            own += f" --{name}-port={free_port()}"
         config["head_start_ray_commands"] = [f"{start.replace('6379', str(port))} {own}"]
         return config
 
