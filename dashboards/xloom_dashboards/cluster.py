@@ -171,9 +171,15 @@ _PLACEMENT = Row("Placement", (
         queries=(Query(SCOPE.rate(table.PLACEMENTS, OF_REPLICA, by=("replica",)), "{{replica}}"),),
     ),
     Graph(
-        title="Placed where the adapter is", unit="percentunit", shares=True, stacked=True,
+        title="Placed where the adapter is", unit="percentunit", stacked=True, highest=1.0,
         text="Whether the replica held the request's adapter when it was chosen.",
-        queries=(Query(SCOPE.rate(table.PLACEMENTS, OF_REPLICA, by=("resident",)), "resident: {{resident}}"),),
+        queries=(
+            Query(
+                f"{SCOPE.rate(table.PLACEMENTS, OF_REPLICA, by=('resident',))} / on () group_left () "
+                f"{SCOPE.rate(table.PLACEMENTS, OF_REPLICA)}",
+                "resident: {{resident}}",
+            ),
+        ),
     ),
     Graph(
         title="Replays by reason", unit="reqps", stacked=True,

@@ -87,18 +87,17 @@ class Graph(Panel):
 
     kind: ClassVar[str] = "timeseries"
     stacked: bool = False
-    shares: bool = False  # stacked to 100 %
     stepped: bool = False  # for whole numbers that jump
     lowest: float | None = 0.0
 
     def _defaults(self) -> Json:
         found = super()._defaults()
         found["color"] = {"mode": "palette-classic"}
-        mode = "percent" if self.shares else "normal" if self.stacked else "none"
+        mode = "normal" if self.stacked else "none"
         found["custom"] = {
             "axisPlacement": "auto",
             "drawStyle": "line",
-            "fillOpacity": 40 if self.stacked or self.shares else 8,
+            "fillOpacity": 40 if self.stacked else 8,
             "lineInterpolation": "stepAfter" if self.stepped else "linear",
             "lineWidth": 1,
             "pointSize": 4,
