@@ -16,7 +16,7 @@ from xloom.router.catalog import Catalog
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.errors import CodedErrors
-from xloom.router.guard import OPEN, Guard
+from xloom.router.guard import Guard, is_open
 from xloom.router.http import Control, attach_routes
 from xloom.router.listener import HttpListener
 from xloom.router.request_id import Correlated
@@ -72,7 +72,7 @@ class Router:
         attach_routes(app, control)
         register(self._dispatcher)
         guarded = Guard(app, _secret(settings.router.api_key), _secret(settings.router.admin_key))
-        coded = CodedErrors(guarded, uncounted=OPEN)
+        coded = CodedErrors(guarded, uncounted=is_open)
         correlated = Correlated(coded, tracing=self._tracing, lines=watch.logs.requests)
         self._listener = HttpListener(correlated, settings.router.host, settings.router.port)
         app.state.server = self._listener.server

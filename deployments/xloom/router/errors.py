@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from xloom.observability.recorder import OTHER, RECORDER, Recorder
@@ -71,10 +71,12 @@ async def send_error(send: Send, error: XloomError) -> None:
 class CodedErrors:
     """ASGI middleware: gives every error answer that has no code of ours the one that fits, and counts them.
 
-    Answers at `uncounted` paths are no news: a probe is refused all the while a replica starts.
+    Answers at paths that are `uncounted` are no news: a probe is refused all the while a replica starts.
     """
 
-    def __init__(self, app: App, *, uncounted: Collection[str] = (), recorder: Recorder = RECORDER) -> None:
+    def __init__(
+        self, app: App, *, uncounted: Callable[[str], bool] = lambda path: False, recorder: Recorder = RECORDER
+    ) -> None:
         self._app, self._uncounted, self._recorder = app, uncounted, recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,7 +114,7 @@ class CodedErrors:
         await send({"type": "http.response.body", "body": coded})
 
     def _count(self, scope: Scope, status: int, code: str) -> None:
-        if "/" + scope.get("path", "").strip("/") not in self._uncounted:
+        if not self._uncounted(scope.get("path", "")):
             self._recorder.inc(HTTP_ERRORS, status=status, code=code if _CODE.fullmatch(code) else OTHER)
 
 

@@ -11,11 +11,16 @@ ADMIN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 OPEN = frozenset({"/health", "/ready", "/ping", "/version", "/metrics", "/-/healthz"})  # for probes and scrapers
 
 
+def is_open(path: str) -> bool:
+    """Whether a route is one for probes and scrapers."""
+    return "/" + path.strip("/") in OPEN
+
+
 def refusal(path: str, authorization: str, api_key: str | None, admin_key: str | None) -> XloomError | None:
     """Why a call may not pass, or None. The admin key opens every route."""
-    path = "/" + path.strip("/")
-    if path in OPEN:
+    if is_open(path):
         return None
+    path = "/" + path.strip("/")
     scheme, _, given = authorization.partition(" ")
     given = given.strip() if scheme.lower() == "bearer" else ""
     is_admin, is_user = _same(given, admin_key), _same(given, api_key)

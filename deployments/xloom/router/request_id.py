@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from xloom.observability.logs import bind, fields
 from xloom.router.errors import App, Message, Receive, Scope, Send
-from xloom.router.guard import OPEN
+from xloom.router.guard import is_open
 
 if TYPE_CHECKING:
     from xloom.observability.traces import HttpSpan, Tracing
@@ -51,7 +51,7 @@ class Correlated:
         identity = request_id(scope["headers"])
         span: HttpSpan | None = None
         dropped = {HEADER}
-        is_probe = scope["path"] in OPEN
+        is_probe = is_open(scope["path"])
         if self._tracing is not None and not is_probe:
             span = self._tracing.http(scope["method"], scope["path"], scope["headers"], identity)
             dropped |= _TRACE  # vLLM would warn that its own tracing is off

@@ -10,7 +10,7 @@ import pytest
 from xloom.observability.recorder import Recorder
 from xloom.observability.table import HTTP_ERRORS
 from xloom.router.errors import CodedErrors, Message
-from xloom.router.guard import OPEN
+from xloom.router.guard import is_open
 
 
 async def answer(
@@ -82,7 +82,7 @@ async def counted(
     async def receive() -> Message:
         return {"type": "http.disconnect"}
 
-    middleware = CodedErrors(app, uncounted=OPEN, recorder=recorder)
+    middleware = CodedErrors(app, uncounted=is_open, recorder=recorder)
     await middleware({"type": "http", "path": path}, receive, ignore)
     return recorder
 
