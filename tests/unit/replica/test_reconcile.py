@@ -3,64 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, FakeStore, until
 from xloom.adapters.cache import NodeCache
-from xloom.adapters.manifest import Entry, Manifest, generation_of
+from xloom.adapters.manifest import Manifest
 from xloom.protocol import XloomError
 from xloom.replica.reconcile import Reconciler
-
-
-async def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0.005)
-
-
-class FakeStore:
-    """The store's desired state, without Ray."""
-
-    def __init__(self) -> None:
-        self.manifest = Manifest(1)
-        self.files: dict[str, dict[str, bytes]] = {}
-        self.reports: list[tuple[list[str], dict[str, str]]] = []
-        self.away = False
-        self._changed = asyncio.Event()
-
-    def put(self, name: str, content: bytes) -> Entry:
-        files = {"adapter_model.safetensors": content}
-        entry = Entry(name, "lora", generation_of(files), 8, (), len(content), "test")
-        self.files[entry.generation] = files
-        self.set(self.manifest.with_entry(entry))
-        return entry
-
-    def set(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._changed.set()
-
-    async def desired(self, known_version: int, timeout_s: float) -> Manifest:
-        if self.away:
-            raise XloomError("store_unavailable", "away", status=503)
-        while self.manifest.version == known_version:
-            self._changed.clear()
-            await self._changed.wait()
-        return self.manifest
-
-    async def fetch(self, generation: str) -> dict[str, bytes]:
-        return self.files[generation]
-
-    async def report(self, replica_id: str, node_id: str, resident: list[str], failed: Any = None) -> None:
-        if self.away:
-            raise XloomError("store_unavailable", "away", status=503)
-        self.reports.append((resident, failed or {}))
-
-    async def forget(self, replica_id: str) -> None:
-        self.reports.append(([], {}))
 
 
 class Scene:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from tests.fakes import FakeBackend, expected_tokens
+from tests.fakes import FakeBackend, expected_tokens, until
 from xloom.protocol import AdapterRef, TokenChunk, TokenRequest, XloomError
 from xloom.replica.server import ReplicaServer
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 
 TOKEN = "secret"
-
-
-async def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 class Fleet:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, until
 from xloom.observability import table
 from xloom.observability.recorder import Recorder
 from xloom.protocol import AdapterRef, TokenRequest
@@ -18,12 +17,6 @@ from xloom.router.dispatch import Dispatcher
 from xloom.router.traffic import Traffic
 
 CODE = AdapterRef("code", "0123abcd", "lora")
-
-
-async def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 class Scene:
