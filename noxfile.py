@@ -33,10 +33,10 @@ EDGE_TESTS = (
     "tests/conformance/test_backends.py",
     "tests/unit/commands/test_detokeniser.py",
     "tests/unit/commands/test_local.py",
-    "tests/unit/engines/test_transformers.py",
-    "tests/unit/engines/test_transformers_batch.py",
-    "tests/unit/engines/test_transformers_sampling.py",
-    "tests/unit/xlora/test_reference.py",
+    "tests/unit/engines/transformers/test_backend.py",
+    "tests/unit/engines/transformers/test_batch.py",
+    "tests/unit/engines/transformers/test_sampling.py",
+    "tests/unit/mixtures/test_reference.py",
 )
 ORACLE = ("peft", "accelerate")  # what the tests compare with; not needed to run
 

@@ -34,9 +34,9 @@ from .sessions import Driver
 from .tables import Table, markdown
 
 CLASSES = {
-    "vllm": "xloom.engines.vllm:VLLMBackend",
-    "transformers": "xloom.engines.transformers:TransformersBackend",
-    "mistralrs": "xloom.engines.mistralrs:MistralRsBackend",
+    "vllm": "xloom.vllm.engine.backend:VLLMBackend",
+    "transformers": "xloom.engines.transformers.backend:TransformersBackend",
+    "mistralrs": "xloom.engines.mistralrs.backend:MistralRsBackend",
 }
 PROMPT_TOKENS, VOCABULARY = 32, 4000
 CONCURRENT = (1, 16, 64)
@@ -209,8 +209,8 @@ def worker_options(model: Path | None, sample: Path, folder: Path) -> list[str]:
     if model is not None:
         return ["--model", str(model)]
     # They import torch, which a worker's memory shall not show unless its backend does.
-    from xloom.xlora.modules import linear_modules
-    from xloom.xlora.prepare import prepare_bundle
+    from xloom.mixtures.modules import linear_modules
+    from xloom.mixtures.prepare import prepare_bundle
 
     base, prepared = sample / "base", folder / "blend"
     hidden = json.loads((base / "config.json").read_text())["hidden_size"]

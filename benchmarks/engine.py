@@ -20,11 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from xloom.engines.vllm import VLLMBackend
+from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.prepare import prepare_bundle
 from xloom.protocol import AdapterRef, TokenRequest
 from xloom.settings import SAMPLE, EngineSettings, ModelSettings
-from xloom.xlora.modules import linear_modules
-from xloom.xlora.prepare import prepare_bundle
+from xloom.vllm.engine.backend import VLLMBackend
 
 from .machine import machine
 
@@ -139,8 +139,8 @@ def measure_routing(prepared: Path, repeats: int = 200) -> dict[int, tuple[float
     """Milliseconds (median, 90th percentile) from hidden states to the gates the kernels read, by tokens a step."""
     import torch
 
-    from xloom.xlora.routing import Routing
-    from xloom.xlora.vllm_plugin.gates import SlotRouting, SlotRows
+    from xloom.mixtures.routing import Routing
+    from xloom.vllm.plugin.gates import SlotRouting, SlotRows
 
     routing = SlotRouting(Routing.load(prepared))
     found = {}

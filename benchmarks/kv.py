@@ -19,11 +19,11 @@ from typing import Any
 
 from rich.console import Console
 
-from xloom.engines.vllm import VLLMBackend
-from xloom.engines.vllm_arguments import page_bytes
 from xloom.protocol import EngineStats
 from xloom.sample.corpus import documents
 from xloom.settings import SAMPLE, EngineSettings, ModelSettings, PagedAttentionSettings
+from xloom.vllm.engine.arguments import page_bytes
+from xloom.vllm.engine.backend import VLLMBackend
 
 from .machine import machine
 from .sessions import Burst, Driver, Session

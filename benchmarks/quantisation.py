@@ -18,13 +18,13 @@ from typing import Any
 
 from rich.console import Console
 
-from xloom.engines.vllm import VLLMBackend
 from xloom.quantization.cache import read_done
 from xloom.quantization.evaluation import held_out_windows, model_perplexity
 from xloom.quantization.quantise import plan, quantised_folder
 from xloom.quantization.recipes import BITS, METHODS, cases
 from xloom.quantization.source import plain_model
 from xloom.settings import SAMPLE, EngineSettings, IsqSettings, ModelSettings
+from xloom.vllm.engine.backend import VLLMBackend
 
 from .engine import Driver, Load
 from .machine import machine

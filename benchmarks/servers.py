@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import yaml
 
-from xloom.engines.vllm_arguments import engine_arguments
 from xloom.settings import Settings, parse_settings
+from xloom.vllm.engine.arguments import engine_arguments
 
 from .processes import tree
 
@@ -183,7 +183,7 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
-            # What xloom's replica sets for itself (xloom.engines.vllm.thread_binding).
+            # What xloom's replica sets for itself (xloom.vllm.engine.backend.thread_binding).
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in cores),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from xloom.xlora.modules import linear_modules
+from xloom.mixtures.modules import linear_modules
 
 HIDDEN = 64
 VOCAB = 288

@@ -46,6 +46,7 @@ def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: P
 
     from xloom.replica.actor import EngineReplica
     from xloom.router.deployment import Router
+    from xloom.vllm.front_end import open_front_end
 
     token = secrets.token_urlsafe(32)
     replicas = settings.replicas
@@ -95,7 +96,7 @@ def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: P
         graceful_shutdown_timeout_s=30.0,
         logging_config=serve_logging(settings.observability.logs),
     )
-    return router.bind(engines, settings, token, max_lora_rank, store)
+    return router.bind(engines, settings, token, max_lora_rank, store, open_front_end)
 
 
 async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, ...]]:

@@ -194,7 +194,8 @@ def _run_doctor(arguments: argparse.Namespace, console: Console) -> int:
 
 def _run_chat(arguments: argparse.Namespace, console: Console) -> int:
     from xloom.commands.chat import chat
-    from xloom.commands.text_model import Options, opened
+    from xloom.commands.opening import opened
+    from xloom.commands.text_model import Options
 
     options = Options(arguments.max_tokens, arguments.temperature)
     with opened(arguments.settings, arguments.url, arguments.api_key or client_key(), arguments.model) as source:
@@ -203,7 +204,8 @@ def _run_chat(arguments: argparse.Namespace, console: Console) -> int:
 
 def _run_generate(arguments: argparse.Namespace, console: Console) -> int:
     from xloom.commands.generate import generate, words_of
-    from xloom.commands.text_model import Options, opened
+    from xloom.commands.opening import opened
+    from xloom.commands.text_model import Options
 
     settings, prompt = words_of(arguments.words, arguments.prompt)
     options = Options(arguments.max_tokens, arguments.temperature)

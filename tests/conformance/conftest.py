@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from xloom.engines import mistralrs_folder
 from xloom.engines.base import LLMBackend
+from xloom.engines.mistralrs import folder as mistralrs_folder
 from xloom.protocol import XloomError
 
 from ..models import tiny_model

@@ -13,17 +13,17 @@ from typing import Any
 
 from xloom.engines import registry
 from xloom.engines.base import LLMBackend
+from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 from xloom.protocol import AdapterRef, TokenRequest
 from xloom.settings import EngineSettings, ModelSettings
-from xloom.xlora.modules import linear_modules
-from xloom.xlora.prepare import prepare_bundle, prepare_lora
 
 from ..models import HIDDEN
 
 CLASSES = {
-    "vllm": "xloom.engines.vllm:VLLMBackend",
-    "transformers": "xloom.engines.transformers:TransformersBackend",
-    "mistralrs": "xloom.engines.mistralrs:MistralRsBackend",
+    "vllm": "xloom.vllm.engine.backend:VLLMBackend",
+    "transformers": "xloom.engines.transformers.backend:TransformersBackend",
+    "mistralrs": "xloom.engines.mistralrs.backend:MistralRsBackend",
 }
 ANSWER_S = 180  # a request under test; the first may compile
 

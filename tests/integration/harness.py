@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xloom.engines.vllm import VLLMBackend
+from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 from xloom.protocol import AdapterRef, TokenRequest
 from xloom.settings import EngineSettings, ModelSettings
-from xloom.xlora.modules import linear_modules
-from xloom.xlora.prepare import prepare_bundle, prepare_lora
+from xloom.vllm.engine.backend import VLLMBackend
 
 from ..models import HIDDEN
 

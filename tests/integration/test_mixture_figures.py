@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from xloom.mixtures.reference import Reference
 from xloom.protocol import BundleFigures, MixtureFigures
-from xloom.xlora.reference import Reference
 
 from ..models import ADAPTERS, load_model, tiny_adapter, tiny_bundle, tiny_model
 from .harness import Engine

@@ -109,7 +109,7 @@ def test_overrides_change_the_mixture_as_if_the_bundle_said_so(served: tuple[Eng
     ids=["gated", "learned-projection"],
 )
 def test_modes_peft_lacks_equal_the_plain_torch_reference(served: tuple[Engine, Path], options: dict[str, Any]) -> None:
-    from xloom.xlora.reference import reference_greedy, reference_logits
+    from xloom.mixtures.reference import reference_greedy, reference_logits
 
     engine, folder = served
     name = str(options["mixing_mode"])

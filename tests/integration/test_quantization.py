@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from xloom.engines.vllm import VLLMBackend
+from xloom.mixtures.reference import Reference
 from xloom.protocol import AdapterRef, XloomError
 from xloom.quantization import overlay, quantise
 from xloom.quantization.cache import read_done
@@ -35,7 +35,7 @@ from xloom.quantization.folding import read_folding
 from xloom.quantization.quantise import plan, quantised, quantised_folder
 from xloom.quantization.source import plain_model
 from xloom.settings import IsqSettings, ModelSettings
-from xloom.xlora.reference import Reference
+from xloom.vllm.engine.backend import VLLMBackend
 
 from ..models import HIDDEN, VOCAB, peft_logits, tiny_adapter, tiny_bundle, tiny_tokenizer
 from .harness import Engine

@@ -33,8 +33,8 @@ def test_two_ranks_give_pefts_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_arguments_that_would_break_the_two_passes_are_refused(tmp_path: Path) -> None:
-    from xloom.engines.vllm_arguments import engine_arguments
     from xloom.settings import EngineSettings, ModelSettings
+    from xloom.vllm.engine.arguments import engine_arguments
 
     model = ModelSettings(source=str(tiny_model(tmp_path / "model", "llama")))
     for name, value in {"fully_sharded_loras": True, "pipeline_parallel_size": 2, "enable_dbo": True}.items():

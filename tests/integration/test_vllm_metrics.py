@@ -15,17 +15,17 @@ from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 
 from tests.fakes import FakeBackend
 from tests.models import tiny_model
-from xloom.engines.vllm_metrics import RequestStatLogger, SchedulerStatLogger
 from xloom.observability import table
 from xloom.observability.recorder import RECORDER, Recorder
 from xloom.observability.table import Kind, Metric
 from xloom.replica.server import ReplicaServer
-from xloom.router.core_client import RoutedCoreClient
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
-from xloom.router.engine_client import RoutedEngineClient, front_end_config
 from xloom.router.traffic import Traffic
 from xloom.settings import Settings, parse_settings
+from xloom.vllm.front_end.core_client import RoutedCoreClient
+from xloom.vllm.front_end.engine_client import RoutedEngineClient, front_end_config
+from xloom.vllm.metrics import RequestStatLogger, SchedulerStatLogger
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -18,8 +18,8 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
-from xloom.xlora.vllm_plugin import ARCHITECTURES, XLORA_PREFIX
-from xloom.xlora.vllm_plugin.figures import MixtureWorker
+from xloom.vllm.plugin import ARCHITECTURES, XLORA_PREFIX
+from xloom.vllm.plugin.figures import MixtureWorker
 
 
 def test_version_is_the_one_the_seams_were_read_in() -> None:
@@ -28,13 +28,13 @@ def test_version_is_the_one_the_seams_were_read_in() -> None:
 
 def test_the_plugin_is_loaded_and_names_its_wrapper_and_models() -> None:
     load_general_plugins()
-    assert current_platform.get_punica_wrapper() == "xloom.xlora.vllm_plugin.punica_cpu.GatedPunicaCPU"
+    assert current_platform.get_punica_wrapper() == "xloom.vllm.plugin.punica_cpu.GatedPunicaCPU"
     registered = ModelRegistry.get_supported_archs()
     assert {XLORA_PREFIX + name for name in ARCHITECTURES} <= set(registered)
 
 
 def test_every_xlora_class_is_made_from_vllms_own() -> None:
-    from xloom.xlora.vllm_plugin import models
+    from xloom.vllm.plugin import models
 
     for name in ARCHITECTURES:
         made = getattr(models, XLORA_PREFIX + name)

@@ -23,9 +23,9 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.triton_utils import HAS_TRITON
 
-from tests.unit.xlora.vllm_plugin.routings import routing
-from xloom.xlora.vllm_plugin.gates import BATCH, SlotRouting, segment_index
-from xloom.xlora.vllm_plugin.punica_gpu import GatedPunicaGPU
+from tests.unit.vllm.plugin.routings import routing
+from xloom.vllm.plugin.gates import BATCH, SlotRouting, segment_index
+from xloom.vllm.plugin.punica_gpu import GatedPunicaGPU
 
 TOKENS, WIDTH, OUT, RANK, SLOTS = 24, 64, (32, 16), 16, 2
 NAMES = ["m.q_proj", "m.k_proj"]

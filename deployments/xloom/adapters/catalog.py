@@ -30,7 +30,7 @@ from xloom.adapters.validation import base_shape, check_name, check_overrides, d
 from xloom.protocol import XloomError
 
 if TYPE_CHECKING:
-    from xloom.xlora.prepare import Prepared
+    from xloom.mixtures.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class AdapterCatalog:
 
     def _prepare(self, source: str, fetched: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
         # Imported here: without torch a store that has crashed is back in half the time.
-        from xloom.xlora.prepare import prepare_bundle, prepare_lora
+        from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 
         base = base_shape(*self._base)
         if kind == "lora":

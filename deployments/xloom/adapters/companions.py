@@ -18,7 +18,7 @@ def fetch_companions(source: str, folder: Path, limits: sources.Limits) -> None:
     `../x` lands beside `folder`; what has an absolute path, as `PeftModel.from_pretrained` is often given, lands in
     `adapters/<name>`. Only a local source may name absolute paths. Raises `XloomError` as `sources.fetch` does.
     """
-    from xloom.xlora.files import read_json
+    from xloom.mixtures.files import read_json
 
     file = folder / ("xlora_config.json" if (folder / "xlora_config.json").is_file() else "adapter_config.json")
     adapters = read_json(file, "broken_bundle").get("adapters")

@@ -13,7 +13,7 @@ from xloom.adapters.manifest import Overrides
 from xloom.protocol import XloomError
 from xloom.settings import NAME_PATTERN
 
-# xloom.xlora and transformers are imported where they are used: a store that only hands out needs no torch.
+# xloom.mixtures and transformers are imported where they are used: a store that only hands out needs no torch.
 _IMPORTING = Lock()  # transformers' lazy module fails when two threads first import from it at once (5.19)
 
 
@@ -33,7 +33,7 @@ def base_shape(source: str, revision: str | None = None) -> BaseShape:
 
 @lru_cache(maxsize=4)
 def _base_shape(source: str, revision: str | None) -> BaseShape:
-    from xloom.xlora.modules import linear_modules
+    from xloom.mixtures.modules import linear_modules
 
     modules = linear_modules(source, revision)
     from transformers import AutoConfig  # readable: linear_modules has just read it
@@ -56,7 +56,7 @@ def check_name(name: str, reserved: Collection[str]) -> None:
 
 def detect_kind(folder: Path, source: str, wanted: str | None) -> str:
     """What a folder is, "xlora" or "lora". Raises `XloomError` (wrong_kind) when `wanted` is the other."""
-    from xloom.xlora.bundle import is_bundle
+    from xloom.mixtures.bundle import is_bundle
 
     found = "xlora" if is_bundle(folder) else "lora"
     if wanted not in (None, "lora", "xlora"):

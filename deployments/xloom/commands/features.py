@@ -16,9 +16,9 @@ from xloom.protocol import XloomError
 from xloom.settings import IsqMethod
 
 BACKENDS = {
-    "vllm": "xloom.engines.vllm:VLLMBackend",
-    "transformers": "xloom.engines.transformers:TransformersBackend",
-    "mistralrs": "xloom.engines.mistralrs:MistralRsBackend",
+    "vllm": "xloom.vllm.engine.backend:VLLMBackend",
+    "transformers": "xloom.engines.transformers.backend:TransformersBackend",
+    "mistralrs": "xloom.engines.mistralrs.backend:MistralRsBackend",
 }
 # MiB with the core and all that each requires, on Linux x86_64 and CPU: the benchmark `backends` measures it.
 INSTALL_MIB: Mapping[str, int] = {"vllm": 2573, "transformers": 1067, "mistralrs": 106}

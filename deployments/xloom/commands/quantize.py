@@ -98,9 +98,9 @@ def chosen(arguments: argparse.Namespace) -> tuple[ModelSettings, IsqSettings]:
 
 
 def _device() -> Device:
-    from xloom.engines.vllm import VLLMBackend
+    from xloom.engines.registry import load_backend
 
-    return VLLMBackend.device()
+    return load_backend("vllm").device()
 
 
 def _perplexities(plain: Path, quantised: Path, calibration: str) -> list[float]:

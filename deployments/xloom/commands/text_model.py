@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
 
 from xloom.protocol import XloomError
-from xloom.settings import load_settings
 
 MAX_TOKENS = 256
 
@@ -71,31 +65,3 @@ class TextModel(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop what was started."""
-
-
-@contextmanager
-def opened(settings: Path | None, url: str | None, key: str | None, model: str | None) -> Iterator[TextModel]:
-    """The endpoint at `url`, else the settings' model (or the sample's) in this process, ready to answer as `model`.
-
-    Progress is shown on stderr. Raises `XloomError`.
-    """
-    if url is not None and settings is not None:
-        message = f"{settings} and --url name two models."
-        raise XloomError("two_models", message, "Leave out one of them: an endpoint has settings of its own.")
-    source: TextModel
-    if url is not None:
-        from xloom.commands.endpoint import Endpoint
-        from xloom.commands.remote import RemoteModel
-
-        source = RemoteModel(Endpoint(url, key))
-    else:
-        from xloom.commands.local import LocalModel
-
-        source = LocalModel(load_settings(settings))
-    name = source.named(model)
-    try:
-        with Console(stderr=True).status(f"Loading {escape(name)}"):
-            source.prepare(name)
-        yield source
-    finally:
-        source.close()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xloom.mixtures.modules import linear_modules
 from xloom.protocol import XloomError
 from xloom.quantization.fitting import Weights
 from xloom.quantization.recipes import Shapes
 from xloom.settings import ModelSettings
-from xloom.xlora.modules import linear_modules
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

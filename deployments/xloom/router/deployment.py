@@ -16,6 +16,7 @@ from xloom.router.catalog import Catalog
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.errors import CodedErrors
+from xloom.router.front_end import OpenFrontEnd
 from xloom.router.guard import Guard, is_open
 from xloom.router.http import Control, attach_routes
 from xloom.router.listener import HttpListener
@@ -35,7 +36,7 @@ FIRST_MANIFEST_S = 60.0
 
 
 class Router:
-    """vLLM's OpenAI front end over the replicas, on a port of its own.
+    """An OpenAI front end over the replicas, on a port of its own.
 
     The HTTP server is this actor's own uvicorn, not Serve's proxy, which costs several times the
     throughput on token streams (docs/data-path.md); Serve starts, checks, restarts and stops it.
@@ -43,16 +44,17 @@ class Router:
 
     # Serve awaits an async constructor: UserCallableWrapper.initialize_callable, ray/serve/_private/replica.py, 2.60.
     async def __init__(  # type: ignore[misc]
-        self, replicas: DeploymentHandle, settings: Settings, token: str, max_lora_rank: int, store: StoreClient
+        self,
+        replicas: DeploymentHandle,
+        settings: Settings,
+        token: str,
+        max_lora_rank: int,
+        store: StoreClient,
+        open_front_end: OpenFrontEnd,
     ) -> None:
         watch, base, router_id = settings.observability, settings.model.served_name, f"router-{uuid.uuid4().hex[:8]}"
         logs.configure(watch.logs, "router", router_id, logs.secrets_of(settings, token))
-        # vLLM looks for a device as it is imported; the front end needs none.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from xloom.router.core_client import RoutedCoreClient
-        from xloom.router.engine_client import RoutedEngineClient, front_end_config
         from xloom.router.figures import register
-        from xloom.router.front_end import build_front_end
 
         self._replicas = replicas
         self._starving: asyncio.Task[None] | None = None
@@ -62,11 +64,10 @@ class Router:
         traffic = Traffic(RECORDER, base)
         self._dispatcher = Dispatcher(self._discover, token, router_id, traffic=traffic, journal=journal)
         self._dispatcher.on_starved = self._ask_for_a_replica
-        config = await asyncio.to_thread(front_end_config, settings)
-        self._engine = RoutedEngineClient(config, RoutedCoreClient(self._dispatcher))
-        app, models = await build_front_end(self._engine, settings)
+        self._front_end = await open_front_end(settings, self._dispatcher)
+        app = self._front_end.app
         logs.adopt("vllm", "uvicorn")
-        self._catalog = Catalog(store, models.take)
+        self._catalog = Catalog(store, self._front_end.take)
         await self._catalog.start(FIRST_MANIFEST_S)
         control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._catalog, store)
         attach_routes(app, control)
@@ -87,7 +88,7 @@ class Router:
     async def check_health(self) -> None:
         """Raise when the endpoint no longer works; Serve then starts another."""
         self._listener.check()
-        await self._engine.check_health()
+        await self._front_end.check_health()
 
     async def _discover(self) -> list[ReplicaInfo]:
         from ray.serve.exceptions import DeploymentUnavailableError
@@ -118,7 +119,7 @@ class Router:
         await listener.close()
         await self._catalog.close()
         await self._dispatcher.close()
-        self._engine.shutdown()
+        self._front_end.shutdown()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
 

@@ -11,7 +11,8 @@ import pytest
 
 from xloom.commands.chat import chat
 from xloom.commands.generate import generate, words_of
-from xloom.commands.text_model import Answer, Message, Options, TextModel, opened
+from xloom.commands.opening import opened
+from xloom.commands.text_model import Answer, Message, Options, TextModel
 from xloom.protocol import XloomError
 
 OPTIONS = Options(max_tokens=5)

@@ -16,8 +16,8 @@ from tests.conformance.served import wait_for
 from tests.models import load_model, peft_greedy, peft_lora, peft_xlora, tiny_adapter, tiny_bundle, tiny_model
 from xloom.commands.local import LocalModel, local_backend, sampling_defaults
 from xloom.commands.text_model import Options
-from xloom.engines.transformers import TransformersBackend
-from xloom.engines.transformers_batch import BatchRunner
+from xloom.engines.transformers.backend import TransformersBackend
+from xloom.engines.transformers.batch import BatchRunner
 from xloom.protocol import XloomError
 from xloom.settings import Settings, parse_settings
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.models import tiny_model
-from xloom.engines.vllm import VLLMBackend
-from xloom.engines.vllm_arguments import engine_arguments, kv_bytes
 from xloom.protocol import XloomError
 from xloom.settings import EngineSettings, IsqSettings, ModelSettings
+from xloom.vllm.engine.arguments import engine_arguments, kv_bytes
+from xloom.vllm.engine.backend import VLLMBackend
 
 
 def quantised(folder: Path, form: str) -> ModelSettings:

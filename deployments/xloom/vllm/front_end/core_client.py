@@ -1,0 +1,192 @@
+"""vLLM's engine-core client, with replicas behind it instead of a local engine process.
+
+Relies on vLLM 0.32: `vllm.v1.engine.core_client.EngineCoreClient` (what `AsyncLLM` calls on it: `AsyncMPClient`
+is the model), `vllm.v1.engine.{EngineCoreRequest, EngineCoreOutput, EngineCoreOutputs}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.lora.request import LoRARequest
+from vllm.tasks import SupportedTask
+from vllm.v1.engine import (
+    FINISH_REASON_STRINGS,
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+
+from xloom.observability.logs import bound
+from xloom.protocol import Logprobs, TokenChunk, TokenRequest, XloomError
+from xloom.router.dispatch import Dispatcher
+from xloom.router.traffic import Ending
+from xloom.vllm.lora import adapter_ref
+from xloom.vllm.sampling import sampling_to_dict
+
+_FINISH = {name: FinishReason(number) for number, name in enumerate(FINISH_REASON_STRINGS)}
+
+
+@dataclass
+class _Resources:
+    """The part of vLLM's `BackgroundResources` that `AsyncLLM.errored` reads."""
+
+    engine_dead: bool = False
+
+
+@dataclass
+class _Prefill:
+    """What the first chunk of a request is told with."""
+
+    prompt_tokens: int
+    submitted: float  # monotonic
+
+
+class RoutedCoreClient(EngineCoreClient):
+    """Speaks `EngineCoreRequest` and `EngineCoreOutputs` to `AsyncLLM`, and frames to replicas."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.resources = _Resources()
+        self.engine_ranks_managed = [0]
+        self._dispatcher = dispatcher
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._prefills: dict[str, _Prefill] = {}
+        self._on_failed: Callable[[str, XloomError], None] = lambda request_id, error: None
+        dispatcher.on_tokens = self._take_step
+        dispatcher.on_failed = self._take_failure
+        dispatcher.on_figures = self._take_figures
+
+    def call_on_failure(self, on_failed: Callable[[str, XloomError], None]) -> None:
+        """Who ends a request that no replica can serve."""
+        self._on_failed = on_failed
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        if request.abort_immediately:
+            return
+        if request.sampling_params is None or request.prompt_token_ids is None or request.mm_features:
+            message = "Only text generation crosses to the replicas."
+            self._on_failed(request.request_id, XloomError("input_not_supported", message, "Send text.", 400))
+            return
+        self._prefills[request.request_id] = _Prefill(len(request.prompt_token_ids), time.monotonic())
+        self._dispatcher.submit(
+            TokenRequest(
+                request_id=request.request_id,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling=sampling_to_dict(request.sampling_params),
+                adapter=adapter_ref(request.lora_request) if request.lora_request else None,
+                priority=request.priority,
+                arrival_time=request.arrival_time,
+                cache_salt=request.cache_salt,
+                client_id=bound().get("request_id", ""),
+                extra={} if request.reasoning_ended is None else {"reasoning_ended": request.reasoning_ended},
+            )
+        )
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        # Only AsyncLLM's output handler comes here, with what has met a stop string: see RoutedEngineClient.abort.
+        self.abort_now(request_ids, "stop")
+
+    def abort_now(self, request_ids: list[str], ending: Ending) -> None:
+        """Forget requests and free what they hold."""
+        for request_id in request_ids:
+            self._prefills.pop(request_id, None)
+        self._dispatcher.abort(request_ids, ending)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        return await self._outputs.get()
+
+    async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
+        return ("generate",)
+
+    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
+        return True  # the store's desired state brings adapters to the replicas
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        return True
+
+    async def list_loras_async(self) -> set[int]:
+        return set()
+
+    async def reset_mm_cache_async(self) -> None:
+        return None
+
+    async def is_sleeping_async(self) -> bool:
+        return False
+
+    def dp_engines_running(self) -> bool:
+        return self._dispatcher.in_flight > 0
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.resources.engine_dead = True
+
+    # From the replicas.
+
+    def _take_step(self, chunks: list[TokenChunk]) -> None:
+        """One frame becomes one `EngineCoreOutputs`: the hot path."""
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=[self._output(chunk) for chunk in chunks]))
+
+    def _output(self, chunk: TokenChunk) -> EngineCoreOutput:
+        output = EngineCoreOutput(chunk.request_id, chunk.token_ids)
+        prefill = self._prefills.pop(chunk.request_id, None)
+        if prefill is not None:
+            _mark_first(output, prefill, chunk.num_cached_tokens)
+        if chunk.finish_reason is not None:
+            output.finish_reason = _FINISH[chunk.finish_reason]
+            output.stop_reason = chunk.stop_reason
+        if chunk.logprobs is not None:
+            output.new_logprobs = _logprobs_lists(chunk.logprobs)
+        if chunk.prompt_logprobs is not None:
+            output.new_prompt_logprobs_tensors = _logprobs_tensors(chunk.prompt_logprobs)
+        return output
+
+    def _take_failure(self, request_id: str, error: XloomError) -> None:
+        self._prefills.pop(request_id, None)
+        self._on_failed(request_id, error)
+
+    def _take_figures(self) -> None:
+        """Reports become the scheduler figures of vLLM's own metrics, summed over replicas."""
+        stats = [link.stats for link in self._dispatcher.directory.links]
+        pages = sum(each.kv_pages_total for each in stats)
+        figures = SchedulerStats(
+            num_running_reqs=sum(each.running for each in stats),
+            num_waiting_reqs=sum(each.waiting for each in stats),
+            kv_cache_usage=sum(each.kv_pages_used for each in stats) / pages if pages else 0.0,
+        )
+        self._outputs.put_nowait(EngineCoreOutputs(scheduler_stats=figures))
+
+
+def _mark_first(output: EngineCoreOutput, prefill: _Prefill, cached: int) -> None:
+    """Figures vLLM takes from the first output of a request; the queue's share of the wait isn't known here."""
+    prompt = prefill.prompt_tokens
+    output.prefill_stats = PrefillStats(prompt, prompt - cached, cached, cached)
+    output.events = [
+        EngineCoreEvent(EngineCoreEventType.QUEUED, prefill.submitted),
+        EngineCoreEvent(EngineCoreEventType.SCHEDULED, prefill.submitted),
+    ]
+
+
+def _logprobs_lists(logprobs: Logprobs) -> LogprobsLists:
+    return LogprobsLists(
+        np.asarray(logprobs.token_ids, dtype=np.int32),
+        np.asarray(logprobs.logprobs, dtype=np.float32),
+        np.asarray(logprobs.ranks, dtype=np.int32),
+    )
+
+
+def _logprobs_tensors(logprobs: Logprobs) -> LogprobsTensors:
+    return LogprobsTensors(
+        torch.tensor(logprobs.token_ids, dtype=torch.int32),
+        torch.tensor(logprobs.logprobs, dtype=torch.float32),
+        torch.tensor(logprobs.ranks, dtype=torch.int32),
+    )

@@ -1,0 +1,118 @@
+"""vLLM's `AsyncLLM` over replicas: its renderer, detokeniser and output processor, none of its engine.
+
+Relies on vLLM 0.32: `vllm.v1.engine.async_llm.AsyncLLM`, which makes its client with
+`EngineCoreClient.make_async_mp_client`; `vllm.config.VllmConfig` built without a device as
+`vllm.entrypoints.launchers.render.entry.run_launch_fastapi` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any
+
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.config.lora import LoRAConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from xloom.protocol import XloomError
+from xloom.router.traffic import Ending
+from xloom.settings import Settings
+from xloom.vllm.front_end.core_client import RoutedCoreClient
+from xloom.vllm.metrics import RequestStatLogger
+
+
+class RequestError(GracefulHTTPError):
+    """An `XloomError` on its way through vLLM's front end, which passes this type to the client as it is."""
+
+    def __init__(self, error: XloomError) -> None:
+        super().__init__(f"{error.message} {error.cure}".strip(), HTTPStatus(error.status))
+        self.code = error.code
+
+
+# Engine arguments in `engine.extra_args` that the front end needs as well.
+_SHARED_ARGS = frozenset(
+    {"tokenizer", "tokenizer_mode", "trust_remote_code", "tokenizer_revision", "generation_config", "max_logprobs",
+     "override_generation_config", "hf_config_path", "hf_token", "skip_tokenizer_init", "code_revision"}
+)  # fmt: skip
+
+
+def engine_args(settings: Settings) -> dict[str, Any]:
+    """The arguments of `AsyncEngineArgs` that the front end and the engine must share."""
+    shared = {key: value for key, value in settings.engine.extra_args.items() if key in _SHARED_ARGS}
+    return {
+        "model": settings.model.source,
+        "revision": settings.model.revision,
+        "served_model_name": [settings.model.served_name],
+        "max_model_len": settings.engine.max_model_len,
+        "dtype": settings.engine.dtype,
+        **shared,
+    }
+
+
+def front_end_config(settings: Settings) -> VllmConfig:
+    """A configuration that needs neither weights nor a device; LoRA on, so that adapters are accepted."""
+    args = AsyncEngineArgs(**engine_args(settings))
+    model_config = args.create_model_config()
+    model_config.quantization = None  # no kernels here: nothing to check
+    envs.VLLM_CPU_KVCACHE_SPACE = 0  # no pages here: silences the CPU platform's warning
+    return VllmConfig(
+        model_config=model_config,
+        lora_config=LoRAConfig(max_lora_rank=512, max_loras=1),
+        structured_outputs_config=args.create_structured_outputs_config(),
+    )
+
+
+class RoutedEngineClient(AsyncLLM):
+    """What vLLM's OpenAI front end takes for an engine."""
+
+    def __init__(self, vllm_config: VllmConfig, core: RoutedCoreClient) -> None:
+        with _core_client(core):
+            super().__init__(
+                vllm_config,
+                Executor,
+                log_stats=True,
+                log_requests=False,
+                # Both by name: StatLoggerManager leaves its own Prometheus logger out once it is given one of its kind;
+                # and that one last: each, as it is made, takes what /metrics had of vLLM out of the registry.
+                stat_loggers=[RequestStatLogger, PrometheusStatLogger],
+            )
+        core.call_on_failure(self._fail)
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """As `AsyncLLM.abort`, told apart from what its output handler ends at a stop string."""
+        request_ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        self._abort_in_core(self.output_processor.abort_requests(request_ids, internal), "abort")
+
+    def _fail(self, request_id: str, error: XloomError) -> None:
+        """End a request with an error; siblings of the same parallel sampling end with it."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is None:
+            return
+        whole = state.parent_req.request_id if state.parent_req is not None else request_id
+        others = self.output_processor.abort_requests([whole], internal=True)
+        self._abort_in_core([other for other in others if other != request_id], "error")
+        if state.queue is not None:
+            state.queue.put(RequestError(error))
+
+    def _abort_in_core(self, request_ids: list[str], ending: Ending) -> None:
+        assert isinstance(self.engine_core, RoutedCoreClient)
+        self.engine_core.abort_now(request_ids, ending)
+
+
+@contextmanager
+def _core_client(core: RoutedCoreClient) -> Iterator[None]:
+    """Have `AsyncLLM.__init__` take this client instead of starting an engine process."""
+    original = EngineCoreClient.make_async_mp_client
+    EngineCoreClient.make_async_mp_client = staticmethod(lambda **_: core)
+    try:
+        yield
+    finally:
+        EngineCoreClient.make_async_mp_client = staticmethod(original)

@@ -1,0 +1,134 @@
+"""What the LoRA kernels need to know about one batch: which rows belong to which slot, and their gates.
+
+One `LoRABatch` lives in each worker process. The worker's LoRA manager fills `rows` before a step; the
+two-pass runner sets the gates between the passes; the punica wrappers read both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from xloom.mixtures.routing import Routing
+
+WIDENED_GATE_BYTES = 256 << 20  # above this the gates are widened to ranks linear by linear, not all at once
+
+
+class SlotRouting:
+    """A bundle's routing as the kernels want it: rows by module name, gates by rank."""
+
+    def __init__(self, routing: Routing, name: str = "") -> None:
+        self.routing = routing
+        self.name = name  # the bundle's, with its generation
+        self.row = {name: number for number, name in enumerate(routing.modules)}
+        self.segments = [segment_index(segments) for segments in routing.segments]  # M times [R_m]
+        self.alike = all(segments == routing.segments[0] for segments in routing.segments)
+        self.base_only_scaling = routing.scaling_pass_value == 0
+
+
+def segment_index(segments: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`[R_m]`: the adapter index of each rank of a stacked A."""
+    return torch.tensor([adapter for adapter, rank in segments for _ in range(rank)], dtype=torch.long)
+
+
+@dataclass
+class SlotRows:
+    """The tokens of one LoRA slot in this batch."""
+
+    adapter_id: int  # LoRARequest.lora_int_id
+    slot: int
+    rows: slice | torch.Tensor  # of the batch's token axis
+    ranks: dict[str, int]  # HF module name -> rank; modules without LoRA are absent
+    routing: SlotRouting | None  # None: a plain adapter
+    gates: torch.Tensor | None = None  # [M, num_rows, R] when widened, else [M, num_rows, K]
+    widened: bool = False
+    off: bool = False  # True: this slot's LoRA is left out of the pass
+
+    def set_gates(self, gates: torch.Tensor) -> None:
+        """Take the gates `[num_rows, M, K]` of the next pass."""
+        assert self.routing is not None
+        by_module = gates.transpose(0, 1)
+        index = self.routing.segments[0]
+        self.widened = self.routing.alike and by_module[..., 0].numel() * len(index) * 4 <= WIDENED_GATE_BYTES
+        self.gates = by_module.index_select(2, index) if self.widened else by_module
+        self.off = False
+
+    def gate_of(self, module: str) -> torch.Tensor | None:
+        """`[num_rows, R_m]` to multiply between shrink and expand; None for a plain adapter."""
+        if self.routing is None or self.gates is None:
+            return None
+        row = self.routing.row[module]
+        gate = self.gates[row]
+        return gate if self.widened else gate.index_select(1, self.routing.segments[row])
+
+
+class Gater(Protocol):
+    """Where the two passes put a slot's gates; each punica wrapper keeps them its own way."""
+
+    def leave_out(self, entry: SlotRows) -> None:
+        """The next pass runs without this slot's LoRA."""
+
+    def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
+        """The next pass runs with these gates `[num_rows or 1, M, K]`, float32."""
+
+
+@dataclass
+class LoRABatch:
+    """The LoRA state of the batch that is being run in this process."""
+
+    rows: list[SlotRows] = field(default_factory=list)
+    # Which linear a stacked weight belongs to: its address -> HF module names, one a slice.
+    linears: dict[int, list[str]] = field(default_factory=dict)
+    gater: Gater | None = None  # the punica wrapper of this process
+
+    def xlora(self) -> list[SlotRows]:
+        return [entry for entry in self.rows if entry.routing is not None]
+
+
+BATCH = LoRABatch()
+
+
+def slices_of(manager: Any) -> dict[int, list[str]]:
+    """Address of each linear's stacked A -> the HF module names of its slices."""
+    names: dict[int, list[str]] = {}
+    for name, module in manager.modules.items():  # LoRAModelManager.modules and .packed_modules, vLLM 0.32
+        stacked = getattr(module, "lora_a_stacked", None)
+        if isinstance(stacked, tuple) and stacked:
+            slices = manager.packed_modules.get(name, [name])
+            names[stacked[0].data_ptr()] = slices if len(stacked) == len(slices) else [name] * len(stacked)
+    return names
+
+
+def ranks_of(manager: Any, model: Any) -> dict[str, int]:
+    """HF module name -> the rank a loaded adapter (vLLM's `LoRAModel`) has there; kept on the adapter itself."""
+    ranks: dict[str, int] | None = getattr(model, "xloom_ranks", None)
+    if ranks is None:
+        ranks = {}
+        for name, weights in model.loras.items():
+            packed = isinstance(weights.lora_a, list)
+            parts = manager.packed_modules.get(name, [name]) if packed else [name]
+            for part, matrix in zip(parts, weights.lora_a if packed else [weights.lora_a], strict=True):
+                if matrix is not None:
+                    ranks[part] = matrix.shape[0]
+        model.xloom_ranks = ranks
+    return ranks
+
+
+def rows_of(token_adapter_ids: np.ndarray[Any, Any], manager: Any) -> list[SlotRows]:
+    """Group the batch's tokens by LoRA slot. `token_adapter_ids` is `[num_tokens]`, 0 for the base model."""
+    found = []
+    for adapter_id in np.unique(token_adapter_ids).tolist():
+        if adapter_id <= 0:
+            continue
+        indices = np.flatnonzero(token_adapter_ids == adapter_id)
+        first, last = int(indices[0]), int(indices[-1]) + 1
+        rows = slice(first, last) if last - first == len(indices) else torch.from_numpy(indices)
+        model = manager._registered_adapters.cache[adapter_id]  # AdapterLRUCache; .cache leaves the order alone
+        slot = manager.lora_index_to_id.index(adapter_id)
+        routing: SlotRouting | None = getattr(model, "xloom_routing", None)
+        found.append(SlotRows(adapter_id, slot, rows, ranks_of(manager, model), routing))
+    return found

@@ -1,0 +1,114 @@
+"""The places where vLLM 0.32 has no hook and is patched: each names the symbol and says why."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xloom.mixtures.routing import Routing
+
+_applied = False
+
+
+def apply() -> None:
+    """Patch this process once."""
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    from vllm.lora.layers import base_linear
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.platforms import current_platform
+
+    _patch_punica(current_platform)
+    # A LoRA manager's own punica wrapper does not know it, and ours reads slots, ranks and routing from it.
+    LoRAModelManager.__init__ = _then(LoRAModelManager.__init__, _attach)
+    # A bundle is loaded by vLLM as the LoRA adapter it is stacked into; its routing comes along.
+    WorkerLoRAManager._load_adapter = _with_routing(WorkerLoRAManager._load_adapter)
+    if current_platform.is_cpu():
+        # _get_lora_device asks the base layer's weight, which CPUInt8ScaledMMLinearKernel has set to None once oneDNN
+        # holds a packed copy: LoRA on int8 weights would end in "'NoneType' object has no attribute 'device'".
+        base_linear._get_lora_device = _known_without_weight(base_linear._get_lora_device)
+
+
+def _patch_punica(platform: Any) -> None:
+    if platform.is_cpu():
+        # CpuPlatform.get_punica_wrapper names the class that every LoRA linear calls.
+        type(platform).get_punica_wrapper = classmethod(lambda cls: "xloom.vllm.plugin.punica_cpu.GatedPunicaCPU")
+        # CpuPlatform.check_and_update_config turns compilation off when LoRA is on, because vLLM's own CPU
+        # LoRA kernels can't be traced; ours is one opaque operator.
+        original = type(platform).check_and_update_config.__func__
+        type(platform).check_and_update_config = classmethod(_compiled_with_lora(original))
+        # vllm.compilation.decorators._try_load_aot_compiled_fn asks each cached graph to finish its loading, and
+        # compiles anew when it can't. What plain Inductor makes, as on CPU, has nothing to finish.
+        torch.compiler.load_compiled_function = _finalizable(torch.compiler.load_compiled_function)
+    elif platform.is_cuda_alike():
+        type(platform).get_punica_wrapper = classmethod(lambda cls: "xloom.vllm.plugin.punica_gpu.GatedPunicaGPU")
+
+
+def _compiled_with_lora(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    @functools.wraps(original)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        lora, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            original(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora
+
+    return check_and_update_config
+
+
+def _finalizable(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_compiled_function(*args: Any, **kwargs: Any) -> Any:
+        loaded = original(*args, **kwargs)
+        compiled = loaded._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda vllm_config: None
+        return loaded
+
+    return load_compiled_function
+
+
+def _known_without_weight(original: Callable[[Any], torch.device]) -> Callable[[Any], torch.device]:
+    @functools.wraps(original)
+    def _get_lora_device(base_layer: Any) -> torch.device:
+        if getattr(base_layer, "weight", base_layer) is None:
+            return torch.device("cpu")
+        return original(base_layer)
+
+    return _get_lora_device
+
+
+def _then(original: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        after(self)
+
+    return patched
+
+
+def _attach(manager: Any) -> None:
+    for wrapper in manager.punica_wrapper_mapping.values():
+        if hasattr(wrapper, "attach"):
+            wrapper.attach(manager)
+
+
+def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self: Any, lora_request: Any) -> Any:
+        model = original(self, lora_request)
+        folder = Path(lora_request.lora_path)
+        if (folder / "xlora.json").is_file():
+            from xloom.vllm.plugin.gates import SlotRouting
+
+            model.xloom_routing = SlotRouting(Routing.load(folder).to(self.device), lora_request.lora_name)
+        return model
+
+    return load_adapter

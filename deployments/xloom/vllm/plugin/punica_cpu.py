@@ -1,0 +1,106 @@
+"""LoRA on CPU, gated: rows grouped by slot and plain GEMMs, behind operators that torch.compile does not look into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.lora.layers import LoRAMapping
+
+# Relied on: PunicaWrapperCPU.add_lora_linear is the one call of every LoRA linear, and update_metadata comes
+# before each batch whose mapping changed; vllm.lora.punica_wrapper, vLLM 0.32.
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from xloom.vllm.plugin.gates import BATCH, SlotRows, rows_of, slices_of
+
+
+def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lora_b: list[torch.Tensor]) -> None:
+    """Add each row's gated LoRA of one linear to `y [num_tokens, out]`, in place.
+
+    `x [num_tokens, in]`; `lora_a`, `lora_b`: one a slice, `[slots, 1, rank, in]` and `[slots, 1, out_slice, rank]`.
+    """
+    if not BATCH.rows:
+        return
+    names = BATCH.linears[lora_a[0].data_ptr()]
+    for entry in BATCH.rows:
+        if not entry.off:
+            _add_slot(y, x, lora_a, lora_b, names, entry)
+
+
+def _add_slot(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    names: list[str],
+    entry: SlotRows,
+) -> None:
+    in_place = isinstance(entry.rows, slice)
+    rows = x[entry.rows]
+    target = y[entry.rows]  # a view when the rows are a slice, else a copy
+    offset = 0
+    for a, b, name in zip(lora_a, lora_b, names, strict=True):
+        width = b.shape[2]
+        rank = entry.ranks.get(name, 0)
+        if rank:
+            shrunk = rows @ a[entry.slot, 0, :rank].t()
+            gate = entry.gate_of(name)
+            if gate is not None:
+                shrunk = (shrunk * gate).to(rows.dtype)
+            target[:, offset : offset + width].addmm_(shrunk, b[entry.slot, 0, :, :rank].t())
+        offset += width
+    if not in_place:
+        y[entry.rows] = target
+
+
+def _no_fake(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lora_b: list[torch.Tensor]) -> None:
+    return None
+
+
+direct_register_custom_op(
+    op_name="xloom_lora_linear", op_func=lora_linear, mutates_args=["y"], fake_impl=_no_fake, dispatch_key="CPU"
+)
+
+
+class GatedPunicaCPU(PunicaWrapperCPU):
+    """vLLM's CPU punica wrapper with the gate, and without its weight copy per token."""
+
+    manager: Any = None
+
+    def attach(self, manager: Any) -> None:
+        """Take the LoRA manager whose slots this wrapper serves."""
+        self.manager = manager
+        BATCH.linears, BATCH.gater = slices_of(manager), self
+
+    def leave_out(self, entry: SlotRows) -> None:
+        entry.off = True
+
+    def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
+        entry.set_gates(gates)
+
+    def update_metadata(
+        self,
+        mapping: LoRAMapping,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        # The base class's index tensors serve its bgmv/sgmv kernels alone, which are not used here.
+        BATCH.rows = rows_of(np.asarray(mapping.index_mapping), self.manager)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[torch.Tensor, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        torch.ops.vllm.xloom_lora_linear(y, x, list(lora_a_stacked), list(lora_b_stacked))

@@ -1,0 +1,106 @@
+"""The gated LoRA kernels against the formula, on CPU tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, segment_index
+from xloom.vllm.plugin.punica_cpu import lora_linear
+from xloom.vllm.plugin.punica_gpu import MAX_ADAPTERS, GateTables
+
+from .routings import routing
+
+TOKENS, WIDTH, OUT = 7, 16, (12, 8)
+NAMES = ["m.q_proj", "m.k_proj"]
+SEGMENTS = [[(0, 2), (1, 3)], [(1, 3)]]  # the first adapter lacks k_proj
+RANK = 8
+
+
+def weights() -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """x, stacked A and B of three slots and two slices, and y."""
+    generator = torch.Generator().manual_seed(0)
+    a = [torch.randn(3, 1, RANK, WIDTH, generator=generator) for _ in OUT]
+    b = [torch.randn(3, 1, out, RANK, generator=generator) for out in OUT]
+    return torch.randn(TOKENS, WIDTH, generator=generator), a, b, torch.randn(TOKENS, sum(OUT), generator=generator)
+
+
+def bundle_rows(rows: slice | torch.Tensor) -> SlotRows:
+    return SlotRows(7, 2, rows, {"m.q_proj": 5, "m.k_proj": 3}, SlotRouting(routing(NAMES, SEGMENTS)))
+
+
+def expected_delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rank: int, gate: torch.Tensor) -> torch.Tensor:
+    return ((x @ a[0, :rank].T) * gate) @ b[0, :, :rank].T
+
+
+@pytest.mark.parametrize("rows", [slice(2, 6), torch.tensor([0, 3, 6])], ids=["contiguous", "scattered"])
+def test_gates_multiply_between_shrink_and_expand_of_the_right_rows(rows: slice | torch.Tensor) -> None:
+    x, a, b, y = weights()
+    entry = bundle_rows(rows)
+    count = len(torch.arange(TOKENS)[rows])
+    gates = torch.rand(count, len(NAMES), 2)
+    entry.set_gates(gates)
+    plain = SlotRows(5, 0, slice(1, 2), {"m.q_proj": 4}, None)
+    BATCH.rows, BATCH.linears = [entry, plain], {a[0].data_ptr(): NAMES}
+    expected = y.clone()
+    expected[rows, :12] += expected_delta(x[rows], a[0][2], b[0][2], 5, gates[:, 0][:, segment_index(SEGMENTS[0])])
+    expected[rows, 12:] += expected_delta(x[rows], a[1][2], b[1][2], 3, gates[:, 1][:, segment_index(SEGMENTS[1])])
+    expected[1:2, :12] += expected_delta(x[1:2], a[0][0], b[0][0], 4, torch.ones(1))
+
+    lora_linear(y, x, a, b)
+
+    torch.testing.assert_close(y, expected)
+
+
+def test_a_slot_left_out_changes_nothing() -> None:
+    x, a, b, y = weights()
+    entry = bundle_rows(slice(0, TOKENS))
+    entry.off = True
+    BATCH.rows, BATCH.linears = [entry], {a[0].data_ptr(): NAMES}
+    before = y.clone()
+    lora_linear(y, x, a, b)
+    assert torch.equal(y, before)
+
+
+def test_widened_and_narrow_gates_are_the_same() -> None:
+    segments = [[(0, 2), (1, 3)], [(0, 2), (1, 3)]]
+    gates = torch.rand(4, 2, 2)
+    wide = SlotRows(7, 0, slice(0, 4), {}, SlotRouting(routing(NAMES, segments)))
+    wide.set_gates(gates)
+    narrow = SlotRows(7, 0, slice(0, 4), {}, SlotRouting(routing(NAMES, segments)))
+    assert narrow.routing is not None
+    narrow.routing.alike = False
+    narrow.set_gates(gates)
+    assert (wide.widened, narrow.widened) == (True, False)
+    for name in NAMES:
+        left, right = wide.gate_of(name), narrow.gate_of(name)
+        assert left is not None
+        assert right is not None
+        assert torch.equal(left, right)
+
+
+def test_gpu_tables_gate_bundle_rows_and_leave_the_rest_alone() -> None:
+    tables = GateTables({1234: NAMES}, max_tokens=16, max_loras=3, max_rank=RANK, device="cpu")
+    bundle = bundle_rows(slice(2, 5))
+    plain = SlotRows(5, 0, slice(0, 1), {"m.q_proj": 4}, None)
+    for entry in (bundle, plain):
+        tables.describe_slot(entry)
+    gates = torch.rand(3, len(NAMES), 2)
+    tables.put(bundle, gates)
+    slots = torch.tensor([0, -1, 2, 2, 2])  # plain, base, bundle
+    buffer = torch.randn(len(NAMES), len(slots), RANK)
+    expected = buffer.clone()
+    expected[0, 2:, :5] *= gates[:, 0][:, segment_index(SEGMENTS[0])]
+    expected[1, 2:, :3] *= gates[:, 1][:, segment_index(SEGMENTS[1])]
+
+    tables.apply(buffer, 1234, slots)
+
+    torch.testing.assert_close(buffer, expected)
+
+
+def test_gpu_tables_follow_a_slot_to_its_next_adapter() -> None:
+    tables = GateTables({1234: NAMES}, max_tokens=4, max_loras=3, max_rank=RANK, device="cpu")
+    tables.describe_slot(bundle_rows(slice(0, 4)))
+    assert (tables.column[2] != MAX_ADAPTERS).any()
+    tables.describe_slot(SlotRows(8, 2, slice(0, 4), {}, None))
+    assert (tables.column[2] == MAX_ADAPTERS).all()
