@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xloom.engines.kv_size import token_bytes
 from xloom.protocol import XloomError
-from xloom.vllm.plugin import WORKER_EXTENSION
+from xloom.vllm.plugin import SCHEDULER, WORKER_EXTENSION, activate
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,13 +46,15 @@ def engine_arguments(
         # Only linears of the decoder: embeddings and the head would cost every request, adapted or not.
         "lora_target_modules": _decoder_linears(config),
     }
+    arguments["worker_extension_cls"] = WORKER_EXTENSION
     if engine.extra_args.get("trust_remote_code"):
         raise XloomError(
             "unsupported_setting", "Code from a model's repository is never run.", "Leave trust_remote_code out."
         )
     if xlora:
-        arguments["hf_overrides"] = {"architectures": [_xlora_architecture(architecture)]}
-        arguments["worker_extension_cls"] = WORKER_EXTENSION
+        arguments["scheduler_cls"] = SCHEDULER
+        arguments["max_num_seqs"] *= 2
+        arguments["additional_config"] = {"xloom": {"max_num_seqs": engine.max_num_seqs}}
         _refuse_with_xlora(engine.extra_args)
     block_size = pages.block_size
     if device == "cpu":
@@ -67,16 +69,13 @@ def engine_arguments(
         arguments["gpu_memory_utilization"] = pages.gpu_memory_fraction
         if "max_blocks" in pages.model_fields_set:  # the default is ADR-008's; a GPU is filled unless told otherwise
             arguments["num_gpu_blocks_override"] = pages.max_blocks
-        if xlora:
-            # Full graphs would capture one pass; piecewise ones are replayed in both.
-            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     arguments["block_size"] = block_size
     return arguments | engine.extra_args
 
 
 def page_bytes(config: Any, block_size: int, dtype: str, xlora: bool) -> int:
     """Bytes of one KV page over all layers; X-LoRA keeps a second set of keys and values for its scaling pass."""
-    return block_size * token_bytes(lambda name: getattr(config, name, None), wide=dtype == "float32", xlora=xlora)
+    return block_size * token_bytes(lambda name: getattr(config, name, None), wide=dtype == "float32", xlora=False)
 
 
 def kv_bytes(model: ModelSettings, engine: EngineSettings, *, xlora: bool, device: str) -> int:
@@ -184,9 +183,8 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
     """vLLM's whole configuration for one replica. Raises `XloomError` for arguments vLLM refuses."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
-    from vllm.plugins import load_general_plugins
 
-    load_general_plugins()
+    activate()
     device = "cpu" if current_platform.is_cpu() else "cuda"
     if device == "cpu":
         bind_threads(engine.tensor_parallel_size)
