@@ -11,7 +11,7 @@ from xloom.engines.kv_size import pair_pages, token_bytes, too_few_pages
 from xloom.protocol import XloomError
 from xloom.vllm.engine.architecture import check_mixtures, dtype_for, target_modules, text_config
 from xloom.vllm.engine.platform import device_of
-from xloom.vllm.engine.refusals import check_dtype, check_resolved, merged, no_wide_lora
+from xloom.vllm.engine.refusals import check_dtype, check_environment, check_resolved, merged, no_wide_lora
 from xloom.vllm.plugin import WORKER_EXTENSION
 
 if TYPE_CHECKING:
@@ -144,6 +144,8 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
 
     load_general_plugins()
     device = device_of(current_platform, mixtures=xlora)
+    if xlora:
+        check_environment()
     if device == "cpu":
         bind_threads(engine.tensor_parallel_size)
     arguments = engine_arguments(model, engine, xlora=xlora, max_lora_rank=max_lora_rank, device=device)

@@ -124,6 +124,13 @@ def check_resolved(config: VllmConfig) -> None:
         refusal = _refusal(name)
         if refusal.refuses(value):
             raise refused(f"{name} (vLLM's {path} is {_shown(value)})", refusal)
+
+
+def check_environment() -> None:
+    """Hold the environment variables that vLLM reads where it uses them against what mixtures need.
+
+    Raises `XloomError`: unsupported_setting.
+    """
     for variable, refusal in _ENVIRONMENT.items():
         if refusal.refuses(os.environ.get(variable)):
             raise refused(f"the environment variable {variable}", refusal)

@@ -11,7 +11,7 @@ import pytest
 
 from xloom.protocol import XloomError
 from xloom.vllm.engine.argument_table import ALLOWED, KNOWN, MERGED, READ, REFUSED, with_table
-from xloom.vllm.engine.refusals import _RESOLVED, check_dtype, check_resolved, merged
+from xloom.vllm.engine.refusals import _RESOLVED, check_dtype, check_environment, check_resolved, merged
 
 PAGE = Path(__file__).parents[4] / "docs" / "gpu.md"
 
@@ -146,10 +146,10 @@ def test_what_is_on_in_the_result_is_refused_however_it_came_there() -> None:
 
 def test_the_environment_is_looked_at_where_no_configuration_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "0")
-    check_resolved(resolved())
+    check_environment()
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(XloomError, match="VLLM_LORA_ENABLE_DUAL_STREAM"):
-        check_resolved(resolved())
+        check_environment()
 
 
 def test_float32_with_lora_is_refused_where_triton_runs() -> None:
