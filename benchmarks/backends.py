@@ -117,7 +117,7 @@ class Worker:
 async def work(name: str, model: Path, prepared: Path | None, rank: int) -> None:
     """A worker's life: load, then one burst for each line of standard input, until it ends."""
     backend = registry.load_backend(CLASSES.get(name, name))
-    xlora = prepared is not None and backend.capabilities().xlora
+    xlora = prepared is not None and backend.device() in backend.capabilities().xlora
     start = time.perf_counter()
     settings = EngineSettings(dtype="float32", max_num_seqs=max(CONCURRENT), max_model_len=512)
     engine = await backend.load(ModelSettings(source=str(model)), settings, xlora=xlora, max_lora_rank=rank)

@@ -271,7 +271,7 @@ def main() -> None:
     budget = options.mib * MIB
     from transformers import AutoConfig
 
-    pages = budget // page_bytes(AutoConfig.from_pretrained(options.sample / "base"), PAGE, "float32", xlora=False)
+    pages = budget // page_bytes(AutoConfig.from_pretrained(options.sample / "base"), PAGE, "float32")
     prompts = prompts_of(options.sample, options.sessions)
     console.print("contiguous caches")
     contiguous = measure_contiguous(options.sample, budget, prompts)

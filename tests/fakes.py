@@ -35,7 +35,7 @@ class FakeBackend(LLMBackend):
 
     @classmethod
     def capabilities(cls) -> Capabilities:
-        return Capabilities(paged_attention=True, xlora=True, devices=("cpu",))
+        return Capabilities(paged_attention=True, xlora=("cpu",), devices=("cpu",))
 
     @classmethod
     def missing(cls) -> str | None:

@@ -2,8 +2,8 @@
 """Run as a program: random requests on one vLLM engine in this process, held against PEFT, request by request.
 
 Base, adapter and mixture requests with shared prefixes come and go, are aborted and preempted; at the end nothing may
-be left over. Prints a line of JSON. `--runner v2` runs vLLM's V2 model runner with Triton's interpreter, `--wrapper gpu`
-the GPU's LoRA kernels in it; `--asynchronous` schedules asynchronously, which vLLM never does on a CPU by itself.
+be left over. Prints a line of JSON. `--runner v2` runs vLLM's V2 model runner with Triton's interpreter, `--wrapper
+gpu` the GPU's LoRA kernels in it; `--asynchronous` schedules asynchronously, which vLLM never does on a CPU by itself.
 """
 
 from __future__ import annotations
@@ -60,8 +60,17 @@ import torch
 
 torch.set_num_threads(1)
 
-from tests.models import ADAPTERS, HIDDEN, load_model, peft_greedy, peft_lora, peft_xlora, tiny_adapter, tiny_bundle
-from tests.models import tiny_model
+from tests.models import (
+    ADAPTERS,
+    HIDDEN,
+    load_model,
+    peft_greedy,
+    peft_lora,
+    peft_xlora,
+    tiny_adapter,
+    tiny_bundle,
+    tiny_model,
+)
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
@@ -199,7 +208,7 @@ def main() -> None:
         todo, live, aborted, steps, idle, overfull = OPTIONS.requests, set[str](), 0, 0, 0, 0
         asked: dict[str, tuple[str, list[int], dict[str, Any]]] = {}
         answers: dict[str, list[int]] = {}
-        preempted, cached = 0, 0
+        cached = 0
         begun = time.monotonic()
         while todo or live:
             while todo and len(live) < 12 and draw.random() < 0.7:

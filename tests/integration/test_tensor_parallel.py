@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from xloom.protocol import XloomError
-
 from ..models import ADAPTERS, peft_greedy, peft_lora, peft_xlora, tiny_adapter, tiny_bundle, tiny_model
 from .harness import Engine
 
@@ -30,15 +28,3 @@ def test_two_ranks_give_pefts_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
         engine.close()
     assert answers[0] == peft_greedy(peft_xlora(model, bundle), PROMPT, NEW_TOKENS)
     assert answers[1] == peft_greedy(peft_lora(model, adapter), PROMPT, NEW_TOKENS)
-
-
-def test_arguments_that_would_break_the_two_passes_are_refused(tmp_path: Path) -> None:
-    from xloom.settings import EngineSettings, ModelSettings
-    from xloom.vllm.engine.arguments import engine_arguments
-
-    model = ModelSettings(source=str(tiny_model(tmp_path / "model", "llama")))
-    for name, value in {"fully_sharded_loras": True, "pipeline_parallel_size": 2, "enable_dbo": True}.items():
-        engine = EngineSettings(extra_args={name: value})
-        with pytest.raises(XloomError, match=name) as raised:
-            engine_arguments(model, engine, xlora=True, max_lora_rank=16, device="cuda")
-        assert raised.value.code == "unsupported_setting"

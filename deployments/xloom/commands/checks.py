@@ -177,7 +177,7 @@ def kv_bytes(folder: Path, settings: Settings, flags: set[str]) -> int:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype, pages = settings.engine.dtype, settings.engine.paged_attention
         wide = dtype == "float32" or (dtype == "auto" and not flags & NATIVE_BFLOAT16)
-        token = token_bytes(config.get("text_config", config).get, wide=wide, xlora=settings.xlora_enabled)
+        token = token_bytes(config.get("text_config", config).get, wide=wide)
     except (OSError, ValueError, KeyError, TypeError):
         return 0
     return token * pages.block_size * pages.max_blocks

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -22,12 +22,19 @@ BACKENDS = {
 }
 # MiB with the core and all that each requires, on Linux x86_64 and CPU: the benchmark `backends` measures it.
 INSTALL_MIB: Mapping[str, int] = {"vllm": 2573, "transformers": 1067, "mistralrs": 106}
-DEVICES = {"cpu": "CPU", "cuda": "CUDA", "metal": "Metal"}
+# Where the tests of a backend were run as it is now; what is said of other devices is "not run". docs/gpu.md tells what
+# was seen of vLLM on a GPU before X-LoRA was served by scaling sequences.
+RAN: Mapping[str, tuple[Device, ...]] = {"vllm": ("cpu",), "transformers": ("cpu",), "mistralrs": ("cpu",)}
+DEVICES: Mapping[Device, str] = {"cpu": "CPU", "cuda": "CUDA", "metal": "Metal"}
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
 
 
-def rows(capabilities: Mapping[str, Capabilities], install_mib: Mapping[str, int]) -> list[list[str]]:
-    """The matrix, its head first: a row for each feature, a column for each backend."""
+def rows(
+    capabilities: Mapping[str, Capabilities],
+    install_mib: Mapping[str, int],
+    ran: Mapping[str, tuple[Device, ...]],
+) -> list[list[str]]:
+    """The matrix, its head first: a row for each feature, a column for each backend; "yes" for what was run alone."""
 
     def yes(value: bool) -> str:
         return "yes" if value else "no"
@@ -35,29 +42,50 @@ def rows(capabilities: Mapping[str, Capabilities], install_mib: Mapping[str, int
     table = [["feature", *capabilities]]
     table.append(["single-user inference", *("yes" for _ in capabilities)])
     table.append(["PagedAttention", *(yes(can.paged_attention) for can in capabilities.values())])
-    table.append(["X-LoRA", *(yes(can.xlora) for can in capabilities.values())])
+    table.append(["X-LoRA", *(_where(can.xlora, ran.get(name, ())) for name, can in capabilities.items())])
     table += [
-        [f"ISQ, `{method}`", *(_isq(can, method) for can in capabilities.values())] for method in get_args(IsqMethod)
+        [f"ISQ, `{method}`", *(_isq(can, method, ran.get(name, ())) for name, can in capabilities.items())]
+        for method in get_args(IsqMethod)
     ]
     table += [
-        [name, *(yes(device in can.devices) for can in capabilities.values())] for device, name in DEVICES.items()
+        [title, *(_runs(device, can, ran.get(name, ())) for name, can in capabilities.items())]
+        for device, title in DEVICES.items()
     ]
     table.append(["install size (MiB)", *(_size(install_mib.get(name)) for name in capabilities)])
     return table
 
 
-def _isq(can: Capabilities, method: str) -> str:
+def _runs(device: Device, can: Capabilities, ran: tuple[Device, ...]) -> str:
+    if device not in can.devices:
+        return "no"
+    return "yes" if device in ran else "not run"
+
+
+def _where(devices: Sequence[Device], ran: tuple[Device, ...]) -> str:
+    """Of devices where something is written to work: those where it was seen to, and the others."""
+    if not devices:
+        return "no"
+    seen = [DEVICES[device] for device in devices if device in ran]
+    unseen = [DEVICES[device] for device in devices if device not in ran]
+    if not unseen and len(seen) == len(DEVICES):
+        return "yes"
+    told = [f"{', '.join(names)}: {word}" for names, word in ((seen, "yes"), (unseen, "not run")) if names]
+    return "; ".join(told)
+
+
+def _isq(can: Capabilities, method: str, ran: tuple[Device, ...]) -> str:
     """The bits by device; devices that take the same are named together."""
-    by_bits: dict[tuple[int, ...], list[str]] = {}
+    by_bits: dict[tuple[tuple[int, ...], bool], list[str]] = {}
     for device in get_args(Device):
         bits = tuple(sorted(bits for name, bits in can.isq.get(device, frozenset()) if name == method))
         if bits:
-            by_bits.setdefault(bits, []).append(DEVICES[device])
+            by_bits.setdefault((bits, device in ran), []).append(DEVICES[device])
     if not by_bits:
         return "no"
     return "; ".join(
-        f"{', '.join(map(str, bits))} bits" + ("" if len(names) == len(DEVICES) else f" ({', '.join(names)})")
-        for bits, names in by_bits.items()
+        f"{', '.join(map(str, bits))} bits"
+        + ("" if run and len(names) == len(DEVICES) else f" ({', '.join(names)}{'' if run else ': not run'})")
+        for (bits, run), names in by_bits.items()
     )
 
 
@@ -73,7 +101,7 @@ def matrix() -> str:
             capabilities[name] = load_backend(entry).capabilities()
         except XloomError:
             continue  # not in this installation
-    head, *body = rows(capabilities, INSTALL_MIB)
+    head, *body = rows(capabilities, INSTALL_MIB, RAN)
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

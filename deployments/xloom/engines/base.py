@@ -22,7 +22,7 @@ class Capabilities:
     """What a backend can do; settings are refused against it before anything loads."""
 
     paged_attention: bool
-    xlora: bool
+    xlora: tuple[Device, ...]  # where it serves X-LoRA mixtures
     devices: tuple[Device, ...]
     isq: Mapping[Device, frozenset[IsqCase]] = field(default_factory=dict)
 

@@ -60,8 +60,8 @@ def lacking(backend: type[LLMBackend], settings: Settings) -> list[str]:
     """What a deployment asks for that a backend can't do on its device here."""
     can, device = backend.capabilities(), backend.device()
     found = []
-    if settings.xlora_enabled and not can.xlora:
-        found.append("X-LoRA")
+    if settings.xlora_enabled and device not in can.xlora:
+        found.append(f"X-LoRA on {device}" if can.xlora else "X-LoRA")
     isq = settings.isq
     if isq is not None:
         cases = can.isq.get(device, frozenset())

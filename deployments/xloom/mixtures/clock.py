@@ -1,8 +1,8 @@
 """How long the parts of an X-LoRA step take: scaling, classifier and gates, the forward pass.
 
-Two kinds of engines are timed. One with a scaling pass laps after it, after the routing, and after the forward pass. One
-with scaling sequences computes those in the same forward pass, and laps after handing gates over, after the pass, and
-after making new gates: the pass is shared out by rows.
+Two kinds of engines are timed. One with a scaling pass laps after it, after the routing, and after the forward pass.
+One with scaling sequences computes those in the same forward pass, and laps after handing gates over, after the pass,
+and after making new gates: the pass is shared out by rows.
 """
 
 from __future__ import annotations

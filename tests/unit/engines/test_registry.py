@@ -17,13 +17,13 @@ from xloom.settings import parse_settings
 class Paged(FakeBackend):
     @classmethod
     def capabilities(cls) -> Capabilities:
-        return Capabilities(True, True, ("cpu",), {"cpu": frozenset({("rtn", 4), ("awq", 4)})})
+        return Capabilities(True, ("cpu",), ("cpu",), {"cpu": frozenset({("rtn", 4), ("awq", 4)})})
 
 
 class Small(FakeBackend):
     @classmethod
     def capabilities(cls) -> Capabilities:
-        return Capabilities(False, False, ("cpu",), {"cuda": frozenset({("rtn", 2)}), "cpu": frozenset({("rtn", 8)})})
+        return Capabilities(False, (), ("cpu",), {"cuda": frozenset({("rtn", 2)}), "cpu": frozenset({("rtn", 8)})})
 
 
 class Absent(FakeBackend):

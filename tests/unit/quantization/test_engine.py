@@ -41,9 +41,9 @@ def test_eight_bit_weights_and_gpus_take_what_is_asked(tmp_path: Path) -> None:
     assert arguments(quantised(tmp_path / "int4", "pack-quantized"), "auto", "cuda")["dtype"] == "auto"
 
 
-def test_xlora_finds_the_architecture_of_a_quantised_folder(tmp_path: Path) -> None:
+def test_adapters_find_the_linears_of_a_quantised_folder(tmp_path: Path) -> None:
     found = arguments(quantised(tmp_path, "pack-quantized"), "auto")
-    assert found["hf_overrides"] == {"architectures": ["XLoraLlamaForCausalLM"]}
+    assert {"q_proj", "down_proj"} <= set(found["lora_target_modules"])
 
 
 def test_pages_are_reckoned_before_the_engine_starts(tmp_path: Path) -> None:

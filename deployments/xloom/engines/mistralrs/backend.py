@@ -88,7 +88,7 @@ class MistralRsBackend(LLMBackend):
         # mistral.rs pages on CUDA and Metal, not on CPU; no page figures come out of it anywhere.
         return Capabilities(
             paged_attention=False,
-            xlora=False,
+            xlora=(),
             devices=("cpu", "cuda", "metal"),
             isq={device: frozenset[IsqCase](ISQ_CASES) for device in ("cpu", "cuda", "metal")},
         )

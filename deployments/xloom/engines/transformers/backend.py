@@ -59,7 +59,8 @@ class TransformersBackend(LLMBackend):
 
     @classmethod
     def capabilities(cls) -> Capabilities:
-        return Capabilities(paged_attention=False, xlora=True, devices=("cpu", "cuda", "metal"))
+        devices: tuple[Device, ...] = ("cpu", "cuda", "metal")
+        return Capabilities(paged_attention=False, xlora=devices, devices=devices)
 
     @classmethod
     def missing(cls) -> str | None:

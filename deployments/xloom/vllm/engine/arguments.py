@@ -7,9 +7,12 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from xloom.engines.kv_size import token_bytes
+from xloom.engines.kv_size import pair_pages, token_bytes, too_few_pages
 from xloom.protocol import XloomError
-from xloom.vllm.plugin import SCHEDULER, WORKER_EXTENSION, activate
+from xloom.vllm.engine.architecture import check_mixtures, dtype_for, target_modules, text_config
+from xloom.vllm.engine.platform import device_of
+from xloom.vllm.engine.refusals import check_dtype, check_environment, check_resolved, merged, no_wide_lora
+from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -20,20 +23,27 @@ logger = logging.getLogger(__name__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks, vLLM 0.32
 CPU_PAGE_MULTIPLE = 32  # tokens: what vLLM's CPU attention needs
+# By whether vLLM schedules asynchronously: the scheduler that gives mixtures their scaling sequences.
+SCHEDULERS = {False: SCHEDULER, True: ASYNC_SCHEDULER}
+GRAPH_ROWS = 512  # vLLM captures full graphs of up to twice `max_num_seqs` rows, and no more than this
+_GRAPH_SIZES = ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
 
 
 def engine_arguments(
     model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int, device: str
 ) -> dict[str, Any]:
     """The keyword arguments of vLLM's `AsyncEngineArgs`; `device` is cpu or cuda. Raises `XloomError`."""
-    pages = engine.paged_attention
-    architecture, config = _architecture(model)
+    pages, extra = engine.paged_attention, engine.extra_args
+    config = text_config(model)
+    wanted = extra.get("dtype") or engine.dtype
+    if device == "cuda" and wanted in ("float32", "float"):
+        raise no_wide_lora()  # LoRA is always on
     arguments: dict[str, Any] = {
         "model": model.source,
         "revision": model.revision,
         "served_model_name": [model.served_name],
         "trust_remote_code": False,
-        "dtype": _dtype(engine.dtype, device, config),
+        "dtype": dtype_for(wanted, device, config),
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel_size,
@@ -44,18 +54,9 @@ def engine_arguments(
         "max_cpu_loras": max(2 * engine.max_adapters, 16),
         "max_lora_rank": _lora_rank(max_lora_rank),
         # Only linears of the decoder: embeddings and the head would cost every request, adapted or not.
-        "lora_target_modules": _decoder_linears(config),
+        "lora_target_modules": target_modules(model),
+        "worker_extension_cls": WORKER_EXTENSION,
     }
-    arguments["worker_extension_cls"] = WORKER_EXTENSION
-    if engine.extra_args.get("trust_remote_code"):
-        raise XloomError(
-            "unsupported_setting", "Code from a model's repository is never run.", "Leave trust_remote_code out."
-        )
-    if xlora:
-        arguments["scheduler_cls"] = SCHEDULER
-        arguments["max_num_seqs"] *= 2
-        arguments["additional_config"] = {"xloom": {"max_num_seqs": engine.max_num_seqs}}
-        _refuse_with_xlora(engine.extra_args)
     block_size = pages.block_size
     if device == "cpu":
         block_size = math.ceil(pages.block_size / CPU_PAGE_MULTIPLE) * CPU_PAGE_MULTIPLE
@@ -64,101 +65,59 @@ def engine_arguments(
         num_pages = math.ceil(pages.max_blocks * pages.block_size / block_size)
         # gpu_memory_utilization would reserve that share of the machine's memory on CPU: bytes instead.
         arguments["num_gpu_blocks_override"] = num_pages
-        arguments["kv_cache_memory_bytes"] = num_pages * page_bytes(config, block_size, arguments["dtype"], xlora)
+        arguments["kv_cache_memory_bytes"] = num_pages * page_bytes(config, block_size, arguments["dtype"])
     else:
         arguments["gpu_memory_utilization"] = pages.gpu_memory_fraction
         if "max_blocks" in pages.model_fields_set:  # the default is ADR-008's; a GPU is filled unless told otherwise
             arguments["num_gpu_blocks_override"] = pages.max_blocks
     arguments["block_size"] = block_size
-    return arguments | engine.extra_args
+    # The dtype is in there already, as this device has it.
+    made = merged(arguments, {name: value for name, value in extra.items() if name != "dtype"}, mixtures=xlora)
+    return _for_pairs(made, config, device) if xlora else made
 
 
-def page_bytes(config: Any, block_size: int, dtype: str, xlora: bool) -> int:
-    """Bytes of one KV page over all layers; X-LoRA keeps a second set of keys and values for its scaling pass."""
-    return block_size * token_bytes(lambda name: getattr(config, name, None), wide=dtype == "float32", xlora=False)
+def _for_pairs(arguments: dict[str, Any], config: Any, device: str) -> dict[str, Any]:
+    """Room for a scaling sequence beside each request: `max_num_seqs` counts requests until here, and rows from here.
+
+    The scheduler reads the number of requests from `additional_config`. Raises `XloomError` (too_few_pages).
+    """
+    requests = arguments["max_num_seqs"]
+    budget = arguments.get("max_num_batched_tokens")  # vLLM wants no more rows than tokens in a step
+    rows = 2 * requests if budget is None else max(requests, min(2 * requests, budget))
+    additional = {**arguments.get("additional_config", {}), "xloom": {"max_num_seqs": requests}}
+    made = arguments | {"max_num_seqs": rows, "additional_config": additional}
+    compilation = made.get("compilation_config", {})
+    chosen = any(made.get(name) is not None or compilation.get(name) is not None for name in _GRAPH_SIZES)
+    if device == "cuda" and not chosen and 2 * requests <= GRAPH_ROWS:
+        # A pair takes turns while it decodes: a step has as many rows as requests, and needs no graphs of more.
+        made["compilation_config"] = compilation | {"max_cudagraph_capture_size": 2 * requests}
+    num_pages, length = arguments.get("num_gpu_blocks_override"), arguments["max_model_len"]
+    if num_pages is not None and isinstance(length, int) and not _slides(config):  # else once the engine is up
+        needed = pair_pages(length, arguments["block_size"])
+        if num_pages < needed:
+            raise too_few_pages(num_pages, needed, length)
+    return made
 
 
-def kv_bytes(model: ModelSettings, engine: EngineSettings, *, xlora: bool, device: str) -> int:
-    """Bytes of a replica's KV pages; on a GPU, which fills what is left, of one sequence of the full length."""
+def _slides(config: Any) -> bool:
+    """Whether layers keep the pages of a window alone, so that a sequence may need fewer than its length."""
+    layers = getattr(config, "layer_types", None) or ()
+    return bool(getattr(config, "sliding_window", None)) or any("full" not in kind for kind in layers)
+
+
+def page_bytes(config: Any, block_size: int, dtype: str) -> int:
+    """Bytes of one KV page over all layers."""
+    return block_size * token_bytes(lambda name: getattr(config, name, None), wide=dtype == "float32")
+
+
+def kv_bytes(model: ModelSettings, engine: EngineSettings, *, device: str, xlora: bool) -> int:
+    """Bytes of a replica's KV pages; on a GPU, which fills what is left, of one request of the full length."""
     pages = engine.paged_attention
     fixed = device == "cpu" or "max_blocks" in pages.model_fields_set
-    tokens = pages.max_blocks * pages.block_size if fixed else engine.max_model_len
-    config = _architecture(model)[1]
-    return tokens * page_bytes(config, 1, _dtype(engine.dtype, device, config), xlora)
-
-
-def _architecture(model: ModelSettings) -> tuple[str, Any]:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model.source, revision=model.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise XloomError(
-            "model_not_loadable",
-            f"No model could be read from {model.source!r}: {error}",
-            "Name a local folder with config.json and safetensors, or a hub id.",
-        ) from error
-    names = getattr(config, "architectures", None) or ["unknown"]
-    return str(names[0]), config.get_text_config()
-
-
-def _refuse_with_xlora(extra_args: dict[str, Any]) -> None:
-    """Raise `XloomError` for engine arguments under which the two passes or the gates would be wrong."""
-    refused = {
-        "fully_sharded_loras": bool(extra_args.get("fully_sharded_loras")),  # splits the rank axis the gates lie on
-        "pipeline_parallel_size": int(extra_args.get("pipeline_parallel_size", 1)) > 1,  # routing needs the last stage
-        "speculative_config": bool(extra_args.get("speculative_config")),
-        "enable_dbo": bool(extra_args.get("enable_dbo")),
-    }
-    for name, wrong in refused.items():
-        if wrong:
-            raise XloomError(
-                "unsupported_setting", f"X-LoRA does not run with {name}.", f"Leave {name} out of engine.extra_args."
-            )
-
-
-def _xlora_architecture(architecture: str) -> str:
-    from xloom.vllm.plugin import ARCHITECTURES, XLORA_PREFIX
-
-    if architecture not in ARCHITECTURES:
-        raise XloomError(
-            "unsupported_architecture",
-            f"X-LoRA does not run on {architecture}; it runs on {', '.join(ARCHITECTURES)}.",
-            "Serve the adapters by name with engine.enable_xlora: false, or use one of these models.",
-        )
-    return XLORA_PREFIX + architecture
-
-
-def _dtype(wanted: str, device: str, config: Any) -> str:
-    if device != "cpu":
-        return wanted
-    if _packed(config):
-        # cpu_gemm_wna16, which multiplies with 4-bit weights, is "not implemented for 'Float'"; vLLM 0.32.
-        if wanted == "float32":
-            raise no_float32()
-        return "bfloat16" if wanted == "auto" else wanted
-    if wanted != "auto":
-        return wanted
-    import torch
-
-    # A CPU without bfloat16 arithmetic emulates it, slower than float32.
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
-
-
-def no_float32() -> XloomError:
-    """What is wrong with float32 for 4-bit weights on CPU."""
-    return XloomError(
-        "unsupported_setting",
-        "On CPU 4-bit weights run in bfloat16 or float16, not in float32.",
-        "Set engine.dtype to auto, or isq.bits to 8.",
-    )
-
-
-def _packed(config: Any) -> bool:
-    """Whether the checkpoint's weights are 4-bit integers, and its activations are not quantised."""
-    quantised = getattr(config, "quantization_config", None) or {}
-    return isinstance(quantised, dict) and quantised.get("format") == "pack-quantized"
+    # The least a GPU must have room for: with X-LoRA a scaling sequence too, with pages of its own.
+    tokens = pages.max_blocks * pages.block_size if fixed else engine.max_model_len * (2 if xlora else 1)
+    config = text_config(model)
+    return tokens * page_bytes(config, 1, dtype_for(engine.dtype, device, config))
 
 
 def _lora_rank(rank: int) -> int:
@@ -172,34 +131,52 @@ def _lora_rank(rank: int) -> int:
     )
 
 
-def _decoder_linears(config: Any) -> list[str]:
-    attention = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
-    if getattr(config, "num_local_experts", None):
-        return attention  # experts would need vLLM's fused MoE LoRA, which X-LoRA does not gate
-    return [*attention, "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
-
-
 def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, max_lora_rank: int) -> VllmConfig:
-    """vLLM's whole configuration for one replica. Raises `XloomError` for arguments vLLM refuses."""
+    """vLLM's whole configuration for one replica. Raises `XloomError` for arguments vLLM or xloom refuses."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
 
     activate()
-    device = "cpu" if current_platform.is_cpu() else "cuda"
+    device = device_of(current_platform, mixtures=xlora)
+    if xlora:
+        check_environment()
     if device == "cpu":
         bind_threads(engine.tensor_parallel_size)
     arguments = engine_arguments(model, engine, xlora=xlora, max_lora_rank=max_lora_rank, device=device)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
-        return AsyncEngineArgs(**arguments).create_engine_config()
+        # The context chooses max_num_batched_tokens: as `vllm serve` has it.
+        config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except TypeError as error:
         raise XloomError(
             "unknown_engine_argument", f"vLLM refuses engine.extra_args: {error}", "See vLLM's engine arguments."
         ) from error
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise XloomError(
             "invalid_engine_settings", f"vLLM refuses the settings: {error}", "Mend the settings."
         ) from error
+    check_dtype(config, device)
+    if xlora:
+        check_mixtures(config)
+        check_resolved(config)
+        # Known only now: VllmConfig.__post_init__ and the platform's hook resolve `async_scheduling` (vLLM 0.32).
+        config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
+    return config
+
+
+def check_pages(config: VllmConfig) -> None:
+    """Whether a request of the full length fits the empty pool beside its scaling sequence, for an engine that is up.
+
+    vLLM's own arithmetic of what one request needs, windows included: `CacheConfig.kv_cache_max_concurrency`, which
+    the engine core reports (`update_kv_cache_capacity`, 0.32). Raises `XloomError` (too_few_pages).
+    """
+    cache, length = config.cache_config, config.model_config.max_model_len
+    if not cache.num_gpu_blocks or not cache.kv_cache_max_concurrency:
+        return
+    needed = 1 + 2 * round(cache.num_gpu_blocks / cache.kv_cache_max_concurrency)  # one page is vLLM's own
+    if cache.num_gpu_blocks < needed:
+        raise too_few_pages(cache.num_gpu_blocks, needed, length)
 
 
 def bind_threads(ranks: int) -> None:

@@ -58,7 +58,8 @@ class VLLMBackend(LLMBackend):
     def capabilities(cls) -> Capabilities:
         devices: tuple[Device, ...] = ("cpu", "cuda", "metal")
         isq = {device: recipes.cases(device) for device in devices}
-        return Capabilities(paged_attention=True, xlora=True, devices=devices, isq=isq)
+        # vLLM's plugin for Metal has LoRA kernels of its own, which have no gate.
+        return Capabilities(paged_attention=True, xlora=("cpu", "cuda"), devices=devices, isq=isq)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -85,9 +86,8 @@ class VLLMBackend(LLMBackend):
     ) -> VLLMBackend:
         cls.require()
         from xloom.quantization.folding import read_folding
-        from xloom.vllm.engine.arguments import engine_config
+        from xloom.vllm.engine.arguments import check_pages, engine_config
         from xloom.vllm.engine.mixture import MixtureReader
-        from xloom.vllm.plugin import WORKER_EXTENSION
 
         if isq is not None:
             model = await asyncio.to_thread(_quantised, model, engine, isq, cls.device(), xlora)
@@ -100,6 +100,12 @@ class VLLMBackend(LLMBackend):
         core = await asyncio.to_thread(
             EngineCoreClient.make_async_mp_client, config, Executor.get_class(config), log_stats=True
         )
+        if xlora:
+            try:
+                check_pages(config)
+            except XloomError:
+                await asyncio.to_thread(core.shutdown)
+                raise
         pages = config.cache_config.num_gpu_blocks or 0  # the engine core reports it back at the end of its start
         logger.info("engine ready: %s, %d KV pages of %d tokens", model.source, pages, config.cache_config.block_size)
         backend = cls(core, pages, config.model_config.get_vocab_size(), config.model_config.max_model_len, folding)
@@ -108,8 +114,7 @@ class VLLMBackend(LLMBackend):
 
             backend._metrics = SchedulerStatLogger(config)
             backend._metrics.log_engine_initialized()
-        # engine.extra_args may name another class; a call that fails would leave the ranks' answers out of step.
-        if config.parallel_config.worker_extension_cls == WORKER_EXTENSION:
+        if xlora:
             backend._mixture = MixtureReader(core)
         return backend
 
@@ -237,7 +242,8 @@ def _quantised(
     model: ModelSettings, engine: EngineSettings, isq: IsqSettings, device: Device, xlora: bool
 ) -> ModelSettings:
     from xloom.quantization.quantise import quantised
-    from xloom.vllm.engine.arguments import kv_bytes, no_float32
+    from xloom.vllm.engine.architecture import no_float32
+    from xloom.vllm.engine.arguments import kv_bytes
 
     if isq.bits != "auto" and device == "cpu" and engine.dtype == "float32":
         if recipes.recipe_for(isq.method, isq.bits, device).scheme == "W4A16":

@@ -20,6 +20,7 @@ from xloom.vllm.plugin.pairs import MixtureRequest
 class _Hit:
     """What both halves of a pair may leave out: the same number of tokens, as gates are needed from there on."""
 
+    request: MixtureRequest
     tokens: int
     mixture: KVCacheBlocks  # pages of the request; held
     scaling: KVCacheBlocks  # of its scaling sequence
@@ -42,10 +43,10 @@ class PairHits:
         own, own_tokens, _ = manager.get_computed_blocks(mixture)
         base, base_tokens, _ = manager.get_computed_blocks(mixture.scaling)
         tokens = min(own_tokens, base_tokens) // self._block_size * self._block_size
-        hit = _Hit(0, empty, empty)
+        hit = _Hit(mixture, 0, empty, empty)
         if tokens:
             cut = manager.truncate_computed_blocks
-            hit = _Hit(tokens, cut(own, tokens), cut(base, tokens))
+            hit = _Hit(mixture, tokens, cut(own, tokens), cut(base, tokens))
         needed = self._needed(mixture, hit.mixture, tokens) + self._needed(mixture.scaling, hit.scaling, tokens)
         for pool, blocks in self._pools(hit):
             pool.touch(blocks)
@@ -78,6 +79,10 @@ class PairHits:
         """Its scaling sequence's hit, for that one's admission."""
         hit = self._held[mixture.request_id]
         return hit.scaling, hit.tokens
+
+    def promised(self) -> int:
+        """Pages that all requests with a hit held still need."""
+        return sum(self._needed(hit.request, hit.mixture, hit.tokens) for hit in self._held.values())
 
     def pages_of(self, mixture: MixtureRequest) -> int:
         """Pages that a request with a hit held still needs."""

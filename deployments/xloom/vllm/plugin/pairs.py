@@ -91,8 +91,6 @@ class ScalingRequest(Request):
         )
         self._all_token_ids, self._output_token_ids = mixture._all_token_ids, mixture._output_token_ids
         self.all_token_ids, self.output_token_ids = mixture.all_token_ids, mixture.output_token_ids
-        self.block_hashes = []
-        self.update_block_hashes()  # a request that is replayed or resumed may come with output
         self.max_tokens = mixture.max_tokens  # asynchronously: no step for the token after the last
         self.mixture = mixture
 

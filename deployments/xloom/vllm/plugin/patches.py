@@ -20,10 +20,13 @@ def apply() -> None:
     if _applied:
         return
     _applied = True
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        return  # LoRA there has kernels of its own, and no gate
     from vllm.lora.layers import base_linear
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
-    from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
     from xloom.vllm.plugin import runner_v1
@@ -55,7 +58,7 @@ def _patch_punica(platform: Any) -> None:
         # vllm.compilation.decorators._try_load_aot_compiled_fn asks each cached graph to finish its loading, and
         # compiles anew when it can't. What plain Inductor makes, as on CPU, has nothing to finish.
         torch.compiler.load_compiled_function = _finalizable(torch.compiler.load_compiled_function)
-    elif platform.is_cuda_alike():
+    else:
         type(platform).get_punica_wrapper = classmethod(lambda cls: "xloom.vllm.plugin.punica_gpu.GatedPunicaGPU")
 
 

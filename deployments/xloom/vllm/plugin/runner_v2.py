@@ -99,7 +99,7 @@ def _activating(original: Callable[..., Any]) -> Callable[..., Any]:
 def _postprocessing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def postprocess_sampled(self: Any, *args: Any, **kwargs: Any) -> None:
-        """What a request sampled is its scaling sequence's next token. At once: it may lose its place before that runs."""
+        """What a request sampled is its scaling sequence's next token. At once: the request may lose its place."""
         original(self, *args, **kwargs)
         mixtures = _mixtures_of(self)
         if mixtures is None or mixtures.batch is None:

@@ -1,7 +1,7 @@
 """vLLM's scheduler with pairs: a mixture's request and its scaling sequence are admitted, preempted and ended as one.
 
 - The scaling sequence waits in vLLM's queue, and is let in when there is room for both. Its request is *parked*: in no
-  queue, until gates are there. Then it comes before all that wait, and takes its pages from younger requests if it must.
+  queue, until gates are there. Then it comes before all that wait, and takes pages from younger requests if it must.
 - Neither computes a token too early: the request waits for gates, the scaling sequence for the token sampled last.
 - Decoding pairs take turns together, so that every other step is one of the base model alone.
 
@@ -46,7 +46,7 @@ def limit_of(config: VllmConfig) -> int:
     """How many requests may run at once."""
     scheduler = config.scheduler_config
     given = (config.additional_config or {}).get("xloom", {}).get(LIMIT, scheduler.max_num_seqs)
-    return min(int(given), scheduler.max_num_active_seqs or scheduler.max_num_seqs)
+    return int(min(given, scheduler.max_num_active_seqs or scheduler.max_num_seqs))
 
 
 class PairScheduling(Scheduler):
@@ -113,7 +113,8 @@ class PairScheduling(Scheduler):
         self._finish_preemptions()
         self._wake_parked()
         doubled = sum(running(mixture) for mixture in self.pairs.values())
-        self.max_num_active_reqs = self._limit + doubled + len(self.kv_holding_waiting)
+        allowed = self._limit + doubled + len(self.kv_holding_waiting)
+        self.max_num_active_reqs = min(allowed, self.max_num_running_reqs)
         self._loras = self._loras_in_use()
         self._turns.choose(self.pairs.values())
         before = {mixture.request_id for mixture in self.kv_holding_waiting if isinstance(mixture, MixtureRequest)}
@@ -152,13 +153,8 @@ class PairScheduling(Scheduler):
             if ready and mixture not in self.kv_holding_waiting:
                 self.kv_holding_waiting.add_request(mixture)
         for request_id in self._starved:
-            mixture = self._parked.get(request_id)
-            while mixture is not None and self._lacking_pages(mixture) > 0:
-                victim = self._youngest_running()
-                self._preempt_pair(victim)
-                if mixture_id(victim.request_id) == request_id:
-                    break
-                mixture = self._parked.get(request_id)
+            while (starved := self._parked.get(request_id)) is not None and self._lacking_pages(starved) > 0:
+                self._preempt_pair(self._youngest_running())  # itself at last, which takes it out of the parked
 
     def _youngest_running(self) -> Request:
         if self.policy == SchedulingPolicy.PRIORITY:
@@ -203,18 +199,20 @@ class PairScheduling(Scheduler):
         return True
 
     def _has_room(self, request: Request, owner: MixtureRequest | None) -> bool:
-        """Whether all of a request, or of a pair, fits beside what is promised to parked requests."""
-        promised = sum(self._hits.pages_of(mixture) for mixture in self._parked.values() if not running(mixture))
-        if owner is None:
-            needed = self._hits.pages(request) if promised else 0
-        else:
+        """Whether all of a request, or of a pair, fits beside what is promised to requests that will follow."""
+        if owner is not None:
+            self._hits.release(owner.request_id)
+        rows = len(self.running) + len(self._hits) + (1 if owner is None else 2)
+        free = self._free_pages() - self._hits.promised()
+        if owner is not None:
             needed = self._hits.hold(owner)
-        free = self._free_pages() - promised
-        if needed <= free:
+        else:
+            needed = self._hits.pages(request) if len(self._hits) else 0
+        if rows <= self.max_num_running_reqs and needed <= free:
             return True
         if owner is not None:
             self._hits.release(owner.request_id)
-            if not self.running:  # nothing will ever make room
+            if not self.running and not len(self._hits):  # nothing will ever make room
                 self.grammar_compile_error_reqs.add(owner.request_id)  # ends in error with this step's outputs
         return False
 

@@ -94,7 +94,7 @@ class MixtureStep:
         return Span(row.request_id, row.position, row.count, routing.scaling_pass_gates)
 
     def make(self, rows: Sequence[Row], hidden: Tensor) -> None:
-        """After the forward pass: gates of the scaling sequences' tokens, from `hidden [num_tokens or more, hidden]`."""
+        """After the forward pass: gates of scaling sequences' tokens, from `hidden [num_tokens or more, hidden]`."""
         self._lap()
         by_bundle: dict[int, list[Row]] = {}
         for row in rows:
@@ -114,14 +114,15 @@ class MixtureStep:
         self._lap()
 
     def _gates(self, routing: SlotRouting, hidden: Tensor) -> Tensor:
-        """`[num_rows, M, K]`. Made by the first rank for all: at the edge of a top-k ranks may differ in the last bit."""
+        """`[num_rows, M, K]`, made by the first rank for all: near a top-k's edge ranks may differ in the last bit."""
         gates = routing.routing.gates(hidden)
         group = get_tp_group()
         if group.world_size == 1:
             return gates
         alike = gates.stride(1) == 0  # the same at every module: a broadcast view
         sent = (gates[:, :1] if alike else gates).contiguous()
-        return group.broadcast(sent, src=0).expand(gates.shape)
+        same: Tensor = group.broadcast(sent, src=0)
+        return same.expand(gates.shape)
 
     def _routing(self, bundle: LoRARequest) -> SlotRouting:
         """The bundle's router. The scaling sequence runs first, so maybe before vLLM has loaded the bundle."""

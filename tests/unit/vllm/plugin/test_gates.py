@@ -52,14 +52,11 @@ def test_gates_multiply_between_shrink_and_expand_of_the_right_rows(rows: slice 
     torch.testing.assert_close(y, expected)
 
 
-def test_a_slot_left_out_changes_nothing() -> None:
+def test_a_bundle_without_gates_is_never_served_as_the_sum_of_its_adapters() -> None:
     x, a, b, y = weights()
-    entry = bundle_rows(slice(0, TOKENS))
-    entry.off = True
-    BATCH.rows, BATCH.linears = [entry], {a[0].data_ptr(): NAMES}
-    before = y.clone()
-    lora_linear(y, x, a, b)
-    assert torch.equal(y, before)
+    BATCH.rows, BATCH.linears = [bundle_rows(slice(0, TOKENS))], {a[0].data_ptr(): NAMES}
+    with pytest.raises(RuntimeError, match="no gates"):
+        lora_linear(y, x, a, b)
 
 
 def test_widened_and_narrow_gates_are_the_same() -> None:
