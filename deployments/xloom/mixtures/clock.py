@@ -1,4 +1,9 @@
-"""How long the parts of an X-LoRA step take: the scaling pass, classifier and gates, the forward pass."""
+"""How long the parts of an X-LoRA step take: scaling, classifier and gates, the forward pass.
+
+Two kinds of engines are timed. One with a scaling pass laps after it, after the routing, and after the forward pass. One
+with scaling sequences computes those in the same forward pass, and laps after handing gates over, after the pass, and
+after making new gates: the pass is shared out by rows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -21,21 +27,23 @@ class StepTimes:
     scaling: float = 0.0  # of the total
     routing: float = 0.0  # of the total: classifier, and gates handed to the kernels
 
-    def add(self, scaling: float, routing: float, forward: float) -> None:
-        """One step."""
+    def add(self, first: float, second: float, third: float, scaling_share: float | None) -> None:
+        """One step of three laps; with scaling sequences their share of the pass."""
         self.steps += 1
-        self.total += scaling + routing + forward
-        self.scaling += scaling
-        self.routing += routing
+        self.total += first + second + third
+        if scaling_share is None:
+            self.scaling += first
+            self.routing += second
+        else:
+            self.scaling += second * scaling_share
+            self.routing += first + third
 
 
 class Clock(Protocol):
-    """Times steps: `start`, then `lap` after the scaling pass, after the routing and after the forward pass.
+    """Times steps: `start`, then three times `lap`. A step that fails on its way is left out."""
 
-    A step that fails on its way is left out.
-    """
-
-    def start(self) -> None: ...
+    def start(self, scaling_share: float | None = None) -> None:
+        """A step begins; with scaling sequences their share of its rows."""
 
     def lap(self) -> None: ...
 
@@ -55,16 +63,18 @@ class HostClock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._marks: list[float] = []
+        self._share: float | None = None
         self._times = StepTimes()
 
-    def start(self) -> None:
+    def start(self, scaling_share: float | None = None) -> None:
+        self._share = scaling_share
         self._marks = [self._now()]
 
     def lap(self) -> None:
         self._marks.append(self._now())
         if len(self._marks) == 4:
-            begin, scaled, routed, end = self._marks
-            self._times.add(scaled - begin, routed - scaled, end - routed)
+            first, second, third = (then - before for before, then in pairwise(self._marks))
+            self._times.add(first, second, third, self._share)
 
     def take(self) -> StepTimes:
         taken, self._times = self._times, StepTimes()
@@ -78,11 +88,13 @@ class DeviceClock:
         self._event = event or partial(torch.cuda.Event, enable_timing=True)
         self._free: list[Any] = []
         self._marks: list[Any] = []
-        self._running: deque[list[Any]] = deque()
+        self._share: float | None = None
+        self._running: deque[tuple[list[Any], float | None]] = deque()
         self._times = StepTimes()
 
-    def start(self) -> None:
+    def start(self, scaling_share: float | None = None) -> None:
         self._read()
+        self._share = scaling_share
         self._free += self._marks  # of a step that failed
         self._marks = []
         self.lap()
@@ -92,18 +104,14 @@ class DeviceClock:
         event.record()
         self._marks.append(event)
         if len(self._marks) == 4:
-            self._running.append(self._marks)
+            self._running.append((self._marks, self._share))
             self._marks = []
 
     def _read(self) -> None:
-        while self._running and self._running[0][3].query():
-            marks = self._running.popleft()
-            begin, scaled, routed, end = marks
-            scaling, routing, forward = (
-                first.elapsed_time(then) / 1e3  # milliseconds
-                for first, then in ((begin, scaled), (scaled, routed), (routed, end))
-            )
-            self._times.add(scaling, routing, forward)
+        while self._running and self._running[0][0][3].query():
+            marks, share = self._running.popleft()
+            first, second, third = (before.elapsed_time(then) / 1e3 for before, then in pairwise(marks))  # milliseconds
+            self._times.add(first, second, third, share)
             self._free += marks
 
     def take(self) -> StepTimes:

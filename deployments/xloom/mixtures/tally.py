@@ -149,13 +149,13 @@ class MixtureTally:
         self._readings: list[_Reading] = []
         self._failed = False
 
-    def start(self) -> None:
-        """A step with X-LoRA tokens begins."""
+    def start(self, scaling_share: float | None = None) -> None:
+        """A step with X-LoRA tokens begins; with scaling sequences their share of its rows."""
         with self._lock:
-            self._clock.start()
+            self._clock.start(scaling_share)
 
     def lap(self) -> None:
-        """The scaling pass has ended; then the routing; then the forward pass, and with it the step."""
+        """A part of the step has ended, as `xloom.mixtures.clock` has them."""
         with self._lock:
             self._clock.lap()
 

@@ -50,7 +50,7 @@ REFUSED: Mapping[str, Refusal] = {
     "default_mm_loras": Refusal("adapters come from the store alone", always=True, harmless=({},)),
     "scheduler_cls": Refusal(_OURS),
     "worker_cls": Refusal(_OURS, harmless=("auto",)),
-    "worker_extension_cls": Refusal(_OURS, harmless=("",)),
+    "worker_extension_cls": Refusal("it is xloom's own, which readies vLLM's workers for adapters", always=True),
     "enable_lora": Refusal("a mixture is a LoRA slot", harmless=(True,)),
     "max_num_active_seqs": Refusal(_COUNT, cure="Set engine.max_num_seqs."),
     "enable_chunked_prefill": Refusal(

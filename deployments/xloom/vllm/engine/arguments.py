@@ -12,7 +12,7 @@ from xloom.protocol import XloomError
 from xloom.vllm.engine.architecture import check_mixtures, dtype_for, target_modules, text_config
 from xloom.vllm.engine.platform import device_of
 from xloom.vllm.engine.refusals import check_dtype, check_environment, check_resolved, merged, no_wide_lora
-from xloom.vllm.plugin import WORKER_EXTENSION
+from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,11 +23,6 @@ logger = logging.getLogger(__name__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks, vLLM 0.32
 CPU_PAGE_MULTIPLE = 32  # tokens: what vLLM's CPU attention needs
-# By whether vLLM schedules asynchronously: the scheduler that gives mixtures their scaling sequences.
-SCHEDULERS = {
-    False: "xloom.vllm.plugin.scheduler.MixtureScheduler",
-    True: "xloom.vllm.plugin.scheduler.AsyncMixtureScheduler",
-}
 GRAPH_ROWS = 512  # vLLM captures full graphs of up to twice `max_num_seqs` rows, and no more than this
 _GRAPH_SIZES = ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
 
@@ -58,6 +53,7 @@ def engine_arguments(
         "max_lora_rank": _lora_rank(max_lora_rank),
         # Only linears of the decoder: embeddings and the head would cost every request, adapted or not.
         "lora_target_modules": target_modules(model),
+        "worker_extension_cls": WORKER_EXTENSION,
     }
     block_size = pages.block_size
     if device == "cpu":
@@ -73,8 +69,6 @@ def engine_arguments(
         if "max_blocks" in pages.model_fields_set:  # the default is ADR-008's; a GPU is filled unless told otherwise
             arguments["num_gpu_blocks_override"] = pages.max_blocks
     arguments["block_size"] = block_size
-    if xlora:
-        arguments["worker_extension_cls"] = WORKER_EXTENSION
     # The dtype is in there already, as this device has it.
     made = merged(arguments, {name: value for name, value in extra.items() if name != "dtype"}, mixtures=xlora)
     return _for_pairs(made, config, device) if xlora else made
@@ -139,11 +133,10 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
     """vLLM's whole configuration for one replica. Raises `XloomError` for arguments vLLM or xloom refuses."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
-    from vllm.plugins import load_general_plugins
     from vllm.usage.usage_lib import UsageContext
 
-    load_general_plugins()
     device = device_of(current_platform, mixtures=xlora)
+    activate()
     if xlora:
         check_environment()
     if device == "cpu":
@@ -166,7 +159,8 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
         check_mixtures(config)
         check_resolved(config)
         # Known only now: VllmConfig.__post_init__ and the platform's hook resolve `async_scheduling` (vLLM 0.32).
-        config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
+        scheduler = config.scheduler_config
+        scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     return config
 
 

@@ -1,33 +1,19 @@
-"""X-LoRA inside vLLM: a gate between the LoRA shrink and expand, and a second, paged, pass for the routing.
+"""Mixtures inside vLLM: a scaling sequence beside each request, and a gate between the LoRA shrink and expand.
 
-vLLM loads `register` in each of its processes through the entry-point group `vllm.general_plugins`. What is
-relied on of vLLM 0.32 is named beside each use; `tests/integration/test_vllm_seams.py` fails when it changes.
+Nothing here acts on a vLLM that xloom did not start: `activate` is called where an engine is configured, and in its
+worker processes by `worker_extension_cls`. What is relied on of vLLM 0.32 is named beside each use;
+`tests/integration/test_vllm_seams.py` fails when it changes.
 """
 
 from __future__ import annotations
 
-XLORA_PREFIX = "XLora"  # of the architectures registered here, before vLLM's own name
-WORKER_EXTENSION = "xloom.vllm.plugin.figures.MixtureWorker"
-
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "Phi3ForCausalLM",
-    "MixtralForCausalLM",
-)
+WORKER_EXTENSION = "xloom.vllm.plugin.worker.MixtureWorker"
+SCHEDULER = "xloom.vllm.plugin.scheduler.MixtureScheduler"
+ASYNC_SCHEDULER = "xloom.vllm.plugin.scheduler.AsyncMixtureScheduler"
 
 
-def register() -> None:
-    """Register the X-LoRA model classes and patch vLLM's LoRA seams. Safe to call more than once."""
-    from vllm import ModelRegistry  # vllm.model_executor.models.registry, vLLM 0.32
-
+def activate() -> None:
+    """Patch this process. Safe to call more than once."""
     from xloom.vllm.plugin import patches
 
-    for architecture in ARCHITECTURES:
-        name = XLORA_PREFIX + architecture
-        ModelRegistry.register_model(name, f"xloom.vllm.plugin.models:{name}")
     patches.apply()

@@ -1,7 +1,7 @@
 """What the LoRA kernels need to know about one batch: which rows belong to which slot, and their gates.
 
-One `LoRABatch` lives in each worker process. The worker's LoRA manager fills `rows` before a step; the
-two-pass runner sets the gates between the passes; the punica wrappers read both.
+One `LoRABatch` lives in each worker process. The worker's LoRA manager fills `rows` before a step; the model runner's
+hooks set the gates before its forward pass; the punica wrappers read both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SlotRouting:
         self.row = {name: number for number, name in enumerate(routing.modules)}
         self.segments = [segment_index(segments) for segments in routing.segments]  # M times [R_m]
         self.alike = all(segments == routing.segments[0] for segments in routing.segments)
-        self.base_only_scaling = routing.scaling_pass_value == 0
+        self.scaling_pass_gates = routing.scaling_pass_gates()  # [M, K]
 
 
 def segment_index(segments: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -46,34 +46,34 @@ class SlotRows:
     routing: SlotRouting | None  # None: a plain adapter
     gates: torch.Tensor | None = None  # [M, num_rows, R] when widened, else [M, num_rows, K]
     widened: bool = False
-    off: bool = False  # True: this slot's LoRA is left out of the pass
 
     def set_gates(self, gates: torch.Tensor) -> None:
-        """Take the gates `[num_rows, M, K]` of the next pass."""
+        """Take the gates `[num_rows, M, K]` of the next forward pass."""
         assert self.routing is not None
         by_module = gates.transpose(0, 1)
         index = self.routing.segments[0]
         self.widened = self.routing.alike and by_module[..., 0].numel() * len(index) * 4 <= WIDENED_GATE_BYTES
         self.gates = by_module.index_select(2, index) if self.widened else by_module
-        self.off = False
 
     def gate_of(self, module: str) -> torch.Tensor | None:
-        """`[num_rows, R_m]` to multiply between shrink and expand; None for a plain adapter."""
-        if self.routing is None or self.gates is None:
+        """`[num_rows, R_m]` to multiply between shrink and expand; None for a plain adapter.
+
+        Raises `RuntimeError` for a bundle without gates, which would be the plain sum of its adapters.
+        """
+        if self.routing is None:
             return None
+        if self.gates is None:
+            raise RuntimeError(f"no gates for {self.routing.name} in this step")
         row = self.routing.row[module]
         gate = self.gates[row]
         return gate if self.widened else gate.index_select(1, self.routing.segments[row])
 
 
 class Gater(Protocol):
-    """Where the two passes put a slot's gates; each punica wrapper keeps them its own way."""
-
-    def leave_out(self, entry: SlotRows) -> None:
-        """The next pass runs without this slot's LoRA."""
+    """Where a slot's gates go before a forward pass; each punica wrapper keeps them its own way."""
 
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
-        """The next pass runs with these gates `[num_rows or 1, M, K]`, float32."""
+        """The next forward pass runs with these gates `[num_rows, M, K]`, float32."""
 
 
 @dataclass

@@ -24,8 +24,16 @@ def apply() -> None:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    from xloom.vllm.plugin import runner_v1
 
     _patch_punica(current_platform)
+    runner_v1.patch()
+    if HAS_TRITON:  # the V2 runner needs it
+        from xloom.vllm.plugin import runner_v2
+
+        runner_v2.patch()
     # A LoRA manager's own punica wrapper does not know it, and ours reads slots, ranks and routing from it.
     LoRAModelManager.__init__ = _then(LoRAModelManager.__init__, _attach)
     # A bundle is loaded by vLLM as the LoRA adapter it is stacked into; its routing comes along.

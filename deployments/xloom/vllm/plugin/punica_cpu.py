@@ -25,8 +25,7 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
         return
     names = BATCH.linears[lora_a[0].data_ptr()]
     for entry in BATCH.rows:
-        if not entry.off:
-            _add_slot(y, x, lora_a, lora_b, names, entry)
+        _add_slot(y, x, lora_a, lora_b, names, entry)
 
 
 def _add_slot(
@@ -73,9 +72,6 @@ class GatedPunicaCPU(PunicaWrapperCPU):
         """Take the LoRA manager whose slots this wrapper serves."""
         self.manager = manager
         BATCH.linears, BATCH.gater = slices_of(manager), self
-
-    def leave_out(self, entry: SlotRows) -> None:
-        entry.off = True
 
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         entry.set_gates(gates)

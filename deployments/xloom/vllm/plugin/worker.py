@@ -1,4 +1,4 @@
-"""X-LoRA's figures out of vLLM's worker process: one rank keeps them, and a worker method hands them over."""
+"""What xloom adds to vLLM's worker processes. Importing it patches the process: `worker_extension_cls` names it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from typing import Any
 
 import msgspec
 
-# Relied on: the rank that each worker has set up before it makes the model; vllm.distributed, vLLM 0.32.
-from vllm.distributed import get_tensor_model_parallel_rank
-
-from xloom.mixtures.tally import MixtureTally
+from xloom.vllm.plugin import activate
+from xloom.vllm.plugin.rank_tally import current_tally
 
 logger = logging.getLogger(__name__)
 
-_tallies: list[MixtureTally] = []  # of this process's model
-
-
-def tally_of_this_rank(device: str) -> MixtureTally | None:
-    """A tally for this process's model. All ranks compute the same gates, so the first alone keeps one."""
-    _tallies[:] = [MixtureTally(device)] if get_tensor_model_parallel_rank() == 0 else []
-    return _tallies[0] if _tallies else None
+activate()
 
 
 class MixtureWorker:
@@ -33,9 +25,10 @@ class MixtureWorker:
         take those left over for answers to the next call.
         """
         try:
-            if not _tallies:
+            tally = current_tally()
+            if tally is None:
                 return None
-            figures, more = _tallies[0].take()
+            figures, more = tally.take()
             return [msgspec.to_builtins(figures), more]
         except Exception:
             logger.exception("X-LoRA's figures could not be read")

@@ -1,0 +1,154 @@
+"""What a model runner does for mixtures in a step: hands the gates of its rows to the kernels, and makes new ones.
+
+Both of vLLM's runners call this: `runner_v1.py` and `runner_v2.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Relied on: get_tp_group().{world_size,broadcast}; WorkerLoRAManager.{add_adapter,_adapter_manager}; vLLM 0.32.
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.lora.request import LoRARequest
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from xloom.vllm.plugin.gate_store import GateStore, Span
+from xloom.vllm.plugin.gates import BATCH, SlotRouting
+from xloom.vllm.plugin.pairs import BUNDLE_ARG, is_scaling, mixture_id, scaling_id
+from xloom.vllm.plugin.rank_tally import tally_of_this_rank
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request's tokens in a batch."""
+
+    request_id: str
+    lora_id: int  # 0 for the base model
+    first: int  # of the batch's token axis
+    count: int
+    position: int  # of the first token in its sequence
+
+
+class MixtureStep:
+    """The mixtures' side of one model runner."""
+
+    def __init__(self, lora_manager: Any, device: torch.device) -> None:
+        self.store = GateStore()
+        self._lora_manager = lora_manager
+        self._bundles: dict[str, LoRARequest] = {}  # by scaling sequence
+        self._tally = tally_of_this_rank(device.type)
+        self._timed = False
+
+    def begin(self, output: SchedulerOutput) -> None:
+        """Learn of requests that came, went or start again with this step."""
+        for name in output.finished_req_ids:
+            if is_scaling(name):
+                self.store.drop(name)
+                self._bundles.pop(name, None)
+        if output.preempted_req_ids and self._bundles:
+            again = output.scheduled_cached_reqs.resumed_req_ids | {new.req_id for new in output.scheduled_new_reqs}
+            for name in output.preempted_req_ids:
+                owner = mixture_id(name)
+                # A scaling sequence preempted in the step in which its request still uses what is there: the next
+                # step preempts that one, too.
+                if owner not in output.num_scheduled_tokens or owner in again:
+                    self.store.drop(scaling_id(owner))
+        for new in output.scheduled_new_reqs:
+            if is_scaling(new.req_id):
+                self._bundles[new.req_id] = new.sampling_params.extra_args[BUNDLE_ARG]
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no mixture's request."""
+        return not self._bundles
+
+    def hand_over(self, rows: Sequence[Row]) -> None:
+        """Before the forward pass: the gates of the batch's rows, to the kernels."""
+        entries = BATCH.xlora()
+        scaling = sum(row.count for row in rows if is_scaling(row.request_id))
+        self._timed = self._tally is not None and bool(entries or scaling)
+        if self._timed and self._tally is not None:
+            self._tally.start(scaling_share=scaling / sum(row.count for row in rows))
+        if entries:
+            spans: dict[int, list[Span]] = {entry.adapter_id: [] for entry in entries}
+            constant = {entry.adapter_id: entry.routing for entry in entries}
+            for row in rows:
+                if row.lora_id in spans:
+                    spans[row.lora_id].append(self._span(row, constant[row.lora_id]))
+            assert BATCH.gater is not None
+            for entry in entries:
+                BATCH.gater.set_gates(entry, self.store.take(spans[entry.adapter_id]))
+        self._lap()
+
+    def _span(self, row: Row, routing: SlotRouting | None) -> Span:
+        if not is_scaling(row.request_id):
+            return Span(scaling_id(row.request_id), row.position, row.count)
+        assert routing is not None
+        return Span(row.request_id, row.position, row.count, routing.scaling_pass_gates)
+
+    def make(self, rows: Sequence[Row], hidden: Tensor) -> None:
+        """After the forward pass: gates of the scaling sequences' tokens, from `hidden [num_tokens or more, hidden]`."""
+        self._lap()
+        by_bundle: dict[int, list[Row]] = {}
+        for row in rows:
+            if is_scaling(row.request_id):
+                by_bundle.setdefault(self._bundles[row.request_id].lora_int_id, []).append(row)
+        for sequences in by_bundle.values():
+            routing = self._routing(self._bundles[sequences[0].request_id])
+            gates = self._gates(routing, _picked(hidden, sequences))
+            first = 0
+            for row in sequences:
+                self.store.put(row.request_id, row.position, gates, first, row.count)
+                first += row.count
+            if self._tally is not None:
+                self._tally.add(routing.name, routing.routing, gates)
+        for entry in BATCH.xlora():
+            entry.gates = None  # used once: a step that forgot to set them must fail, not be wrong
+        self._lap()
+
+    def _gates(self, routing: SlotRouting, hidden: Tensor) -> Tensor:
+        """`[num_rows, M, K]`. Made by the first rank for all: at the edge of a top-k ranks may differ in the last bit."""
+        gates = routing.routing.gates(hidden)
+        group = get_tp_group()
+        if group.world_size == 1:
+            return gates
+        alike = gates.stride(1) == 0  # the same at every module: a broadcast view
+        sent = (gates[:, :1] if alike else gates).contiguous()
+        return group.broadcast(sent, src=0).expand(gates.shape)
+
+    def _routing(self, bundle: LoRARequest) -> SlotRouting:
+        """The bundle's router. The scaling sequence runs first, so maybe before vLLM has loaded the bundle."""
+        manager = self._lora_manager._adapter_manager
+        if bundle.lora_int_id not in manager._registered_adapters.cache:
+            self._lora_manager.add_adapter(bundle)
+        routing: SlotRouting = manager._registered_adapters.cache[bundle.lora_int_id].xloom_routing
+        return routing
+
+    def _lap(self) -> None:
+        if self._timed and self._tally is not None:
+            self._tally.lap()
+
+
+def _picked(hidden: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The hidden states `[num_rows, hidden]` of these rows."""
+    first, last = rows[0].first, rows[-1].first + rows[-1].count
+    if last - first == sum(row.count for row in rows):
+        return hidden[first:last]
+    index = np.concatenate([np.arange(row.first, row.first + row.count) for row in rows])
+    return hidden.index_select(0, async_tensor_h2d(index, device=hidden.device))
+
+
+def rows_in_order(requests: Iterable[tuple[str, int, int, int]]) -> list[Row]:
+    """Rows of a batch from `(request_id, lora_id, count, position)` in the batch's order."""
+    rows, first = [], 0
+    for request_id, lora_id, count, position in requests:
+        rows.append(Row(request_id, lora_id, first, count, position))
+        first += count
+    return rows

@@ -1,0 +1,277 @@
+# ruff: noqa: E402 - the environment and the backend come before the imports that read them
+"""Run as a program: random requests on one vLLM engine in this process, held against PEFT, request by request.
+
+Base, adapter and mixture requests with shared prefixes come and go, are aborted and preempted; at the end nothing may
+be left over. Prints a line of JSON. `--runner v2` runs vLLM's V2 model runner with Triton's interpreter, `--wrapper gpu`
+the GPU's LoRA kernels in it; `--asynchronous` schedules asynchronously, which vLLM never does on a CPU by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runner", choices=["v1", "v2"], default="v1")
+    parser.add_argument("--wrapper", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--asynchronous", action="store_true")
+    parser.add_argument("--policy", default="fcfs")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--blocks", type=int, default=14)
+    parser.add_argument("--seqs", type=int, default=7)
+    parser.add_argument("--budget", type=int, default=40)
+    parser.add_argument("--long-prefill", type=int, default=0)
+    parser.add_argument("--max-loras", type=int, default=2)
+    parser.add_argument("--scaling-pass-value", type=float, default=0.0)
+    parser.add_argument("--plain", action="store_true", help="long enough prompts and no aborts: for the GPU's kernels")
+    return parser.parse_args()
+
+
+OPTIONS = options()
+os.environ |= {
+    "VLLM_USE_V2_MODEL_RUNNER": str(int(OPTIONS.runner == "v2")),
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+if OPTIONS.runner == "v2" or OPTIONS.wrapper == "gpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.backends
+
+    # vllm.triton_utils.importing (0.32) uses Triton on a CPU build only when Triton names a CPU backend.
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # type: ignore[assignment]
+
+import torch
+
+torch.set_num_threads(1)
+
+from tests.models import ADAPTERS, HIDDEN, load_model, peft_greedy, peft_lora, peft_xlora, tiny_adapter, tiny_bundle
+from tests.models import tiny_model
+from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.prepare import prepare_bundle, prepare_lora
+from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
+
+activate()
+
+
+def on_cpu_asynchronously() -> None:
+    """CUDA's events and streams do nothing on a CPU; with them vLLM schedules asynchronously there, too."""
+    from vllm.platforms import current_platform
+
+    kind: Any = type(current_platform)
+    original = kind.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        original(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    kind.check_and_update_config = classmethod(check_and_update_config)
+
+    class Nothing:
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def record(self, *args: Any) -> None: ...
+        def synchronize(self) -> None: ...
+        def wait_stream(self, *args: Any) -> None: ...
+
+    cuda: Any = torch.cuda
+    cuda.Event = cuda.Stream = Nothing
+    cuda.current_stream = lambda *args: Nothing()
+    cuda.stream = lambda *args: nullcontext()
+
+
+def use_gpu_kernels() -> None:
+    """The GPU's punica wrapper on the CPU's platform, with blocks that its interpreter can run."""
+    import vllm.lora.ops.triton_ops.lora_expand_op as expand
+    import vllm.lora.ops.triton_ops.lora_shrink_op as shrink
+    from vllm.platforms import current_platform
+
+    kind: Any = type(current_platform)
+    kind.get_punica_wrapper = classmethod(lambda cls: "xloom.vllm.plugin.punica_gpu.GatedPunicaGPU")
+    blocks = {
+        "block_m": 16, "block_n": 32, "block_k": 64, "split_k": 1, "num_warps": 4, "num_ctas": 1, "num_stages": 2,
+        "group_size_m": 8, "max_nreg": None,
+    }  # fmt: skip
+    shrink.get_lora_op_configs = expand.get_lora_op_configs = lambda *args, **kwargs: blocks
+
+
+class Served:
+    """The engine, and what answers are compared with."""
+
+    def __init__(self, root: Path) -> None:
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        model = tiny_model(root / "model", "llama")
+        linears = linear_modules(str(model))
+        value = OPTIONS.scaling_pass_value
+        folders = [
+            tiny_bundle(root / "b0", model, seed=3, depth=2, top_k=2, scaling_pass_value=value),
+            tiny_bundle(root / "b1", model, seed=5, depth=1),
+        ]
+        adapter = tiny_adapter(root / "adapter", model, seed=9, **ADAPTERS[0])
+        self.oracles: dict[str, Any] = {"base": load_model(model), "adapter": peft_lora(model, adapter)}
+        self.requests: dict[str, LoRARequest | None] = {"base": None}
+        for number, folder in enumerate(folders):
+            prepare_bundle(
+                folder, linears, root / f"p{number}", hidden_size=HIDDEN, max_rank=256, top_k=None, temperature=None,
+                mixing_mode=None,
+            )  # fmt: skip
+            self.oracles[f"blend{number}"] = peft_xlora(model, folder)
+            self.requests[f"blend{number}"] = LoRARequest(f"blend{number}@1", 77 + number, str(root / f"p{number}"))
+        prepare_lora(adapter, linears, root / "plain", max_rank=256)
+        self.requests["adapter"] = LoRARequest("adapter@1", 80, str(root / "plain"))
+        parts = [f"{part}_proj" for part in ("q", "k", "v", "qkv", "o", "gate", "up", "down", "gate_up")]
+        self.engine = LLM(
+            str(model),
+            scheduler_cls=ASYNC_SCHEDULER if OPTIONS.asynchronous else SCHEDULER,
+            worker_extension_cls=WORKER_EXTENSION,
+            additional_config={"xloom": {"max_num_seqs": OPTIONS.seqs}},
+            async_scheduling=OPTIONS.asynchronous,
+            dtype=OPTIONS.dtype,
+            max_model_len=128,
+            max_num_seqs=2 * OPTIONS.seqs,
+            enforce_eager=True,
+            enable_lora=True,
+            max_loras=OPTIONS.max_loras,
+            max_cpu_loras=4,
+            max_lora_rank=32,
+            block_size=32,
+            num_gpu_blocks_override=OPTIONS.blocks,
+            kv_cache_memory_bytes=64 << 20,
+            lora_target_modules=parts,
+            skip_tokenizer_init=True,
+            max_num_batched_tokens=OPTIONS.budget,
+            scheduling_policy=OPTIONS.policy,
+            enable_prefix_caching=True,
+            long_prefill_token_threshold=OPTIONS.long_prefill,
+            disable_log_stats=False,
+        ).llm_engine
+        self.core = self.engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+
+
+def ask(served: Served, draw: random.Random, heads: list[list[int]]) -> tuple[str, list[int], dict[str, Any]]:
+    """One random request: what it is for, its prompt, its sampling."""
+    kind = draw.choice(["base", "blend0", "blend0", "blend1", "adapter"])
+    head = draw.choice([*heads, [], [], []])
+    prompt = head[: draw.choice([33, 64, 70])] + [draw.randrange(5, 250) for _ in range(draw.randrange(1, 24))]
+    sampling: dict[str, Any] = {
+        "temperature": 0, "max_tokens": draw.randrange(1, 30), "ignore_eos": True, "detokenize": False,
+    }  # fmt: skip
+    if draw.random() < 0.3:
+        sampling["stop_token_ids"] = [draw.randrange(0, 288) for _ in range(12)]
+    if draw.random() < 0.15:
+        sampling["prompt_logprobs"] = 0
+    if draw.random() < 0.15:
+        sampling["frequency_penalty"] = 1e-6
+    if draw.random() < 0.1 and OPTIONS.runner == "v1":
+        sampling["seed"] = 7  # greedy all the same: what a seeded generator goes through is what is tested
+    return kind, prompt, sampling
+
+
+def main() -> None:
+    if OPTIONS.asynchronous:
+        on_cpu_asynchronously()
+    if OPTIONS.wrapper == "gpu":
+        use_gpu_kernels()
+    from vllm import SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        served = Served(Path(folder))
+        draw = random.Random(OPTIONS.seed)
+        heads = [[draw.randrange(5, 250) for _ in range(70)] for _ in range(3)]
+        todo, live, aborted, steps, idle, overfull = OPTIONS.requests, set[str](), 0, 0, 0, 0
+        asked: dict[str, tuple[str, list[int], dict[str, Any]]] = {}
+        answers: dict[str, list[int]] = {}
+        preempted, cached = 0, 0
+        begun = time.monotonic()
+        while todo or live:
+            while todo and len(live) < 12 and draw.random() < 0.7:
+                todo -= 1
+                name = f"r{todo}"
+                asked[name] = kind, prompt, sampling = ask(served, draw, heads)
+                priority = draw.randrange(3) if OPTIONS.policy == "priority" else 0
+                served.engine.add_request(
+                    name, {"prompt_token_ids": prompt}, SamplingParams(**sampling), lora_request=served.requests[kind],
+                    priority=priority,
+                )  # fmt: skip
+                live.add(name)
+            if live and draw.random() < 0.03 and not OPTIONS.plain:
+                name = draw.choice(sorted(live))
+                served.engine.abort_request([name])
+                live.discard(name)
+                aborted += 1
+            if not live:
+                continue
+            steps += 1
+            for output in served.engine.step():
+                if output.finished and output.request_id in live:
+                    live.discard(output.request_id)
+                    answers[output.request_id] = list(output.outputs[0].token_ids)
+                    cached += output.num_cached_tokens or 0
+            running, _ = served.scheduler.get_request_counts()
+            overfull += running > OPTIONS.seqs
+            idle = 0 if any(r.num_in_flight_tokens for r in served.scheduler.requests.values()) else idle + 1
+            if steps > 20000 or time.monotonic() - begun > 300:
+                break
+        for _ in range(5):
+            served.engine.step()
+        wrong = []
+        for name, got in answers.items():
+            kind, prompt, sampling = asked[name]
+            want = peft_greedy(served.oracles[kind], prompt, sampling["max_tokens"])
+            ends = [place for place, token in enumerate(want) if token in sampling.get("stop_token_ids", ())]
+            want = want[: ends[0] + 1] if ends else want
+            if got != want:
+                wrong.append([name, kind, len(prompt), got, want])
+        scheduler, runner = served.scheduler, served.runner
+        pool = scheduler.kv_cache_manager.block_pool
+        states = runner.requests if OPTIONS.runner == "v1" else runner.req_states.req_id_to_index
+        mixtures = runner._xloom_mixtures
+        report = {
+            "runner": type(runner).__mro__[1].__module__,
+            "scheduler": type(scheduler).__name__,
+            "finished": len(answers),
+            "aborted": aborted,
+            "unfinished": sorted(live),
+            "wrong": wrong,
+            "steps": steps,
+            "overfull": overfull,
+            "cached": cached,
+            "pair_preemptions": scheduler.pair_preemptions,
+            "left": {
+                "requests": len(scheduler.requests),
+                "pairs": len(scheduler.pairs),
+                "parked": len(scheduler._parked),
+                "held": len(scheduler._hits),
+                "running": len(scheduler.running),
+                "waiting": len(scheduler.waiting) + len(scheduler.kv_holding_waiting),
+                "pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+                "gates": len(mixtures.step.store),
+                "bundles": len(mixtures.step._bundles),
+                "states": len(states),
+            },
+        }
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's threads have nothing to say any more
