@@ -84,11 +84,14 @@ def inspect(folders: set[str]) -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.registry import _ModelInfo, _ModelRegistry
 
+    from xloom.vllm.plugin import activate
+
     found = {}
     for folder in folders:
         for architecture in json.loads((Path(folder) / "config.json").read_text())["architectures"]:
             if architecture in ModelRegistry.models:
                 found[architecture] = _ModelInfo.from_model_cls(ModelRegistry.models[architecture].load_model_cls())
+    activate()  # it imports the model runners
     _ModelRegistry._try_inspect_model_cls = lambda self, architecture: found.get(architecture)
 
 

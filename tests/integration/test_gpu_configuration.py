@@ -28,7 +28,7 @@ KEPT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {}),
     "without mixtures": (
         {"xlora": False},
-        {"scheduler": None, "extension": "", "rows": 128, "additional": {}},
+        {"scheduler": None, "rows": 128, "additional": {}},
     ),
     "synchronous": (
         extra(async_scheduling=False),

@@ -62,6 +62,7 @@ def test_chunked_prefill_prefix_caching_and_preemption_give_the_same_tokens(
 
     tight = Engine(
         model,
+        max_model_len=256,  # a pair of that length takes 17 pages
         max_num_seqs=REQUESTS,
         paged_attention={"block_size": 32, "max_blocks": 24},  # 768 tokens for 16 requests of up to 203
         extra_args={"max_num_batched_tokens": 64, "enable_chunked_prefill": True},

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes import FakeBackend
 from xloom.engines import registry
-from xloom.engines.base import Capabilities, LLMBackend
+from xloom.engines.base import Capabilities, Device, LLMBackend
 from xloom.engines.registry import backend_for
 from xloom.protocol import XloomError
 from xloom.settings import parse_settings
@@ -24,6 +24,12 @@ class Small(FakeBackend):
     @classmethod
     def capabilities(cls) -> Capabilities:
         return Capabilities(False, (), ("cpu",), {"cuda": frozenset({("rtn", 2)}), "cpu": frozenset({("rtn", 8)})})
+
+
+class OnMetal(Paged):
+    @classmethod
+    def device(cls) -> Device:
+        return "metal"
 
 
 class Absent(FakeBackend):
@@ -49,6 +55,17 @@ def refusal(**settings: Any) -> XloomError:
     with pytest.raises(XloomError) as caught:
         chosen(**settings)
     return caught.value
+
+
+def test_xlora_is_refused_on_a_device_where_the_backend_does_not_serve_it(
+    backends: dict[str, type[LLMBackend]],
+) -> None:
+    backends["metal"] = OnMetal
+    del backends["paged"]
+    error = refusal(engine={"backend": "metal", "enable_xlora": True})
+    assert error.code == "unsupported_by_backend"
+    assert "X-LoRA on metal" in error.message
+    assert chosen(engine={"backend": "metal"}) is OnMetal
 
 
 def test_auto_passes_over_what_is_not_installed(backends: dict[str, type[LLMBackend]]) -> None:

@@ -53,6 +53,12 @@ def test_pages_are_reckoned_before_the_engine_starts(tmp_path: Path) -> None:
     assert kv_bytes(model, engine, xlora=True, device="cpu") == found["kv_cache_memory_bytes"]
 
 
+def test_a_gpu_must_have_room_for_one_request_and_its_scaling_sequence(tmp_path: Path) -> None:
+    model, engine = ModelSettings(source=str(tiny_model(tmp_path, "llama"))), EngineSettings(max_model_len=512)
+    plain = kv_bytes(model, engine, xlora=False, device="cuda")
+    assert kv_bytes(model, engine, xlora=True, device="cuda") == 2 * plain
+
+
 async def test_float32_with_four_bits_is_refused_before_the_work(tmp_path: Path) -> None:
     model, engine = ModelSettings(source=str(tmp_path)), EngineSettings(dtype="float32")
     with pytest.raises(XloomError) as caught:

@@ -50,9 +50,7 @@ REFUSED: Mapping[str, Refusal] = {
     "default_mm_loras": Refusal("adapters come from the store alone", always=True, harmless=({},)),
     "scheduler_cls": Refusal(_OURS),
     "worker_cls": Refusal(_OURS, harmless=("auto",)),
-    "worker_extension_cls": Refusal(
-        "it is xloom's own, with the kernels that adapters run on", harmless=("",), always=True
-    ),
+    "worker_extension_cls": Refusal("it is xloom's own, which readies vLLM's workers for adapters", always=True),
     "enable_lora": Refusal("a mixture is a LoRA slot", harmless=(True,)),
     "max_num_active_seqs": Refusal(_COUNT, cure="Set engine.max_num_seqs."),
     "enable_chunked_prefill": Refusal(
@@ -76,6 +74,9 @@ REFUSED: Mapping[str, Refusal] = {
         "its ranks may not be those of xloom's worker", harmless=("mp", "uni", "ray")
     ),
     "enable_hc_sp": Refusal("the tokens of a step would be split over devices"),
+    "enable_batch_sharded_sampling": Refusal(
+        "a scaling sequence's next token is its request's, of another rank's share"
+    ),
     "enable_dbo": Refusal(_MICRO),
     "ubatch_size": Refusal(_MICRO, harmless=(0, 1)),
     "speculative_config": Refusal(_SPECULATIVE, harmless=({},)),
@@ -151,7 +152,7 @@ ALLOWED = frozenset(
         "jit_monitor_mode jit_monitor_verbose "
         # devices, and ranks of one engine
         "tensor_parallel_size enable_expert_parallel enable_ep_weight_filter enable_eplb eplb_config "
-        "expert_placement_strategy all2all_backend enable_batch_sharded_sampling disable_custom_all_reduce "
+        "expert_placement_strategy all2all_backend disable_custom_all_reduce "
         "enable_shm_tensor_arena max_parallel_loading_workers device_ids numa_bind numa_bind_nodes numa_bind_cpus "
         "nnodes node_rank master_addr master_port distributed_timeout_seconds cpu_distributed_timeout_seconds "
         "ray_workers_use_nsight cpu_offload_gb cpu_offload_params offload_backend offload_group_size "

@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks, vLLM 0.32
 CPU_PAGE_MULTIPLE = 32  # tokens: what vLLM's CPU attention needs
-# By whether vLLM schedules asynchronously: the scheduler that gives mixtures their scaling sequences.
-SCHEDULERS = {False: SCHEDULER, True: ASYNC_SCHEDULER}
 GRAPH_ROWS = 512  # vLLM captures full graphs of up to twice `max_num_seqs` rows, and no more than this
 _GRAPH_SIZES = ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
 
@@ -137,8 +135,8 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
-    activate()
     device = device_of(current_platform, mixtures=xlora)
+    activate()
     if xlora:
         check_environment()
     if device == "cpu":
@@ -161,7 +159,8 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
         check_mixtures(config)
         check_resolved(config)
         # Known only now: VllmConfig.__post_init__ and the platform's hook resolve `async_scheduling` (vLLM 0.32).
-        config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
+        scheduler = config.scheduler_config
+        scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     return config
 
 

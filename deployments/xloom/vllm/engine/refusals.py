@@ -86,6 +86,7 @@ _RESOLVED: Mapping[str, str] = {
     "parallel_config.prefill_context_parallel_size": "prefill_context_parallel_size",
     "parallel_config.decode_context_parallel_size": "decode_context_parallel_size",
     "parallel_config.distributed_executor_backend": "distributed_executor_backend",
+    "parallel_config.enable_batch_sharded_sampling": "enable_batch_sharded_sampling",
     "parallel_config.enable_dbo": "enable_dbo",
     "parallel_config.ubatch_size": "ubatch_size",
     "parallel_config.enable_elastic_ep": "enable_elastic_ep",

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.request import Request
 
-from xloom.vllm.plugin.pairs import MixtureRequest
+from xloom.vllm.plugin.pairs import MixtureRequest, running
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class PairHits:
         return hit.scaling, hit.tokens
 
     def promised(self) -> int:
-        """Pages that all requests with a hit held still need."""
-        return sum(self._needed(hit.request, hit.mixture, hit.tokens) for hit in self._held.values())
+        """Pages that all requests with a hit held still need, but for those admitted in this step."""
+        waiting = [hit for hit in self._held.values() if not running(hit.request)]
+        return sum(self._needed(hit.request, hit.mixture, hit.tokens) for hit in waiting)
 
     def pages_of(self, mixture: MixtureRequest) -> int:
         """Pages that a request with a hit held still needs."""

@@ -60,7 +60,7 @@ def test_xlora_leaves_model_class_and_graphs_alone_and_makes_rows_of_requests(mo
     assert made["compilation_config"] == {"max_cudagraph_capture_size": 200}
     plain = arguments(model, device="cuda", max_num_seqs=100)
     assert plain["max_num_seqs"] == 100
-    assert not {"additional_config", "compilation_config", "scheduler_cls"} & set(plain)
+    assert not {"additional_config", "compilation_config"} & set(plain)
 
 
 def test_rows_stay_within_a_steps_tokens(model: ModelSettings) -> None:
