@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import vllm
 from vllm import ModelRegistry
@@ -23,7 +24,6 @@ from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 from xloom.vllm.plugin import ARCHITECTURES, XLORA_PREFIX
 from xloom.vllm.plugin.figures import MixtureWorker
-from xloom.vllm.plugin.gated_shrink import gated_shrink
 
 
 def test_version_is_the_one_the_seams_were_read_in() -> None:
@@ -78,14 +78,13 @@ def test_lora_seams_keep_their_signatures() -> None:
 
 
 def test_what_the_gated_shrink_follows_is_as_it_was_read() -> None:
-    assert list(inspect.signature(LoRAKernelMeta.meta_args).parameters) == [
-        "self",
-        "token_nums",
-        "specialize_active_lora",
-    ]
-    ours = list(inspect.signature(gated_shrink).parameters)
-    theirs = list(inspect.signature(lora_shrink_op._lora_shrink).parameters)
-    assert len(ours) == len(theirs) + 1  # the tables, after the output
+    taken = list(inspect.signature(lora_shrink_op._lora_shrink).parameters)
+    given = re.findall(
+        r"^            (?:self\.)?(\w+)(?:\[:token_nums\])?,$", inspect.getsource(LoRAKernelMeta.meta_args), re.M
+    )
+    names = ["token_lora_mapping", "token_indices_sorted_by_lora_ids", "num_tokens_per_lora", "lora_token_start_loc"]
+    assert taken[3:] == [*names, "lora_ids", "no_lora_flag_cpu", "num_active_loras", "scaling"]
+    assert given == [*names, "active_lora_ids", "no_lora_flag_cpu", "num_active_loras"]
     source = inspect.getsource(lora_shrink_op._lora_shrink)
     for part in ("if no_lora_flag_cpu.item():", "output_tensor.zero_()", 'kernel_config.get("group_size_m", 8)'):
         assert part in source

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xloom.engines.kv_size import token_bytes
 from xloom.protocol import XloomError
+from xloom.vllm.engine.lora_configs import LoRAShapes, lora_shapes
 from xloom.vllm.plugin import WORKER_EXTENSION
 
 if TYPE_CHECKING:
@@ -217,3 +218,8 @@ def bind_threads(ranks: int) -> None:
     share = max(1, len(cores) // ranks)
     groups = [cores[rank * share : (rank + 1) * share] or cores[-1:] for rank in range(ranks)]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
+
+
+def shapes_of(model: ModelSettings, engine: EngineSettings, max_lora_rank: int) -> LoRAShapes:
+    """The LoRA products of an engine of these settings. Raises `XloomError`."""
+    return lora_shapes(_architecture(model)[1], _lora_rank(max_lora_rank), engine.tensor_parallel_size)

@@ -123,21 +123,16 @@ def gated_shrink(
     lora_a: list[torch.Tensor],
     out: torch.Tensor,
     tables: GateTables,
-    token_slots: torch.Tensor,
-    tokens: torch.Tensor,
-    counts: torch.Tensor,
-    starts: torch.Tensor,
-    slots: torch.Tensor,
-    no_lora: torch.Tensor,
-    num_slots: torch.Tensor,
+    meta: tuple[torch.Tensor, ...],
     scaling: float,
 ) -> None:
     """`out[s, t] = scaling * gate * (lora_a[s] @ x[t])` for each row t with LoRA.
 
     `x [num_tokens, in]` in float16 or bfloat16; `lora_a`: one a slice, `[slots, 1, rank, in]`;
-    `out [slices, num_tokens, rank]` float32. What lies between is `LoRAKernelMeta.meta_args`, of which `no_lora` and
-    `num_slots` alone are on the host: vLLM captures a graph for each of their values that it tells apart.
+    `out [slices, num_tokens, rank]` float32; `meta`: `LoRAKernelMeta.meta_args`. Of these `no_lora` and `num_slots`
+    alone lie on the host: vLLM captures a graph for each of their values that it tells apart.
     """
+    _, tokens, counts, starts, slots, no_lora, num_slots = meta
     if x.size(0) == 0 or no_lora.item():
         return
     assert x.dtype == lora_a[0].dtype

@@ -36,7 +36,8 @@ def shrink(
     scaling: float,
 ) -> None:
     """`gated_shrink` with this process's tables: an operator that torch.compile does not look into."""
-    gated_shrink(x, lora_a, out, _tables[0], token_slots, tokens, counts, starts, slots, no_lora, num_slots, scaling)
+    meta = (token_slots, tokens, counts, starts, slots, no_lora, num_slots)
+    gated_shrink(x, lora_a, out, _tables[0], meta, scaling)
 
 
 def _no_fake(
