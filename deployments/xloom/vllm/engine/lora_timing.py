@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-# Relied on: `_lora_expand` and `gated_shrink` look their configuration up by these names; vLLM 0.32.
+# Relied on: `_lora_expand` and `gated_shrink` look their configuration up by these names; `utils._LORA_A_PTR_DICT`
+# and `_LORA_B_PTR_DICT`; vLLM 0.32.
 from vllm.lora.ops.triton_ops import lora_expand_op, utils
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
@@ -68,28 +69,33 @@ def cases(shapes: LoRAShapes, rows: tuple[int, ...] = ROWS) -> list[Case]:
 
 
 def candidates(case: Case) -> list[Config]:
-    """Configurations worth a try, the likeliest first."""
-    found: list[Config] = []
-    shape = case.shape
+    """Configurations worth a try: those first that differ least from what was best elsewhere."""
+    shape, found = case.shape, []
     if case.operator == "shrink":
         if case.rows < PREFILL:
-            grid = product((16,), (32, 64, 16), (128, 256), (32, 16, 8), (4,), (2, 4))
+            grid = _nearest_first((16,), (32, 64, 16), (128, 256), (32, 16, 8), (4,), (2, 4))
         else:
-            grid = product((64, 128), (64, 32), (64, 128), (4, 2, 1), (4, 8), (3,))
+            grid = _nearest_first((64, 128), (64, 32), (128, 64), (4, 2, 1), (4, 8), (3, 2))
         for m, n, k, split, warps, stages in grid:
             if n <= max(16, shape.n) and k * split <= shape.k:
                 blocks: Config = {"block_m": m, "block_n": n, "block_k": k, "split_k": split}
                 found.append(FIXED | blocks | {"num_warps": warps, "num_stages": stages})
         return found
-    sums = sorted({size for size in (16, 32, 64) if size <= max(16, shape.k)}, reverse=True)[:2]
+    sums = tuple(size for size in (64, 32, 16) if size <= max(16, shape.k))[:2]
     if case.rows < PREFILL:
-        wide = product((16,), (128, 64, 256), sums, (4, 8), (2, 1))
+        grid = _nearest_first((16,), (128, 64, 256), sums, (4, 8), (2, 1))
     else:
-        wide = product((64, 128, 32), (128, 64, 256), sums, (4, 8), (2,))
-    for m, n, k, warps, stages in wide:
+        grid = _nearest_first((64, 128, 32), (128, 64, 256), sums, (4, 8), (2,))
+    for m, n, k, warps, stages in grid:
         blocks = {"block_m": m, "block_n": n, "block_k": k}
         found.append(FIXED | blocks | {"num_warps": warps, "num_stages": stages})
     return found
+
+
+def _nearest_first(*options: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All combinations, by how many steps they are from the first of each."""
+    ordered = sorted(product(*map(enumerate, options)), key=lambda chosen: sum(step for step, _ in chosen))
+    return [tuple(value for _, value in chosen) for chosen in ordered]
 
 
 class Product:
@@ -97,6 +103,9 @@ class Product:
 
     def __init__(self, case: Case, max_loras: int, device: torch.device | str, dtype: torch.dtype) -> None:
         shape, rows = case.shape, case.rows
+        # vLLM keeps strides by address, for ever: those of a case before would be taken for this one's.
+        utils._LORA_A_PTR_DICT.clear()
+        utils._LORA_B_PTR_DICT.clear()
         generator = torch.Generator(device).manual_seed(0)
 
         def random(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
