@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from xloom.commands import dashboards, quantize
+from xloom.commands import dashboards, quantize, tune
 from xloom.commands.adapters import add_adapter, list_adapters, remove_adapter
 from xloom.commands.build import write_config
 from xloom.commands.doctor import diagnose, show_isq
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_generate(commands)
     quantize.add_parser(commands)
+    tune.add_parser(commands)
     dashboards.add_parser(commands)
     _add_build(commands)
     _add_doctor(commands)

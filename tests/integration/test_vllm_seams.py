@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import vllm
 from vllm import ModelRegistry
 from vllm.forward_context import ForwardContext
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.ops.triton_ops import lora_shrink_op
+from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
@@ -15,11 +18,12 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.attention import attention
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
+from vllm.utils import torch_utils
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+from xloom.vllm.plugin.figures import MixtureWorker
 
 from xloom.vllm.plugin import ARCHITECTURES, XLORA_PREFIX
-from xloom.vllm.plugin.figures import MixtureWorker
 
 
 def test_version_is_the_one_the_seams_were_read_in() -> None:
@@ -71,3 +75,17 @@ def test_lora_seams_keep_their_signatures() -> None:
     for name in ("_registered_adapters", "lora_index_to_id", "packed_modules", "modules"):
         assert f"self.{name}" in source
     assert "self.punica_wrapper_mapping" in inspect.getsource(LoRAModelManager._init_punica_wrapper)
+
+
+def test_what_the_gated_shrink_follows_is_as_it_was_read() -> None:
+    taken = list(inspect.signature(lora_shrink_op._lora_shrink).parameters)
+    given = re.findall(
+        r"^            (?:self\.)?(\w+)(?:\[:token_nums\])?,$", inspect.getsource(LoRAKernelMeta.meta_args), re.M
+    )
+    names = ["token_lora_mapping", "token_indices_sorted_by_lora_ids", "num_tokens_per_lora", "lora_token_start_loc"]
+    assert taken[3:] == [*names, "lora_ids", "no_lora_flag_cpu", "num_active_loras", "scaling"]
+    assert given == [*names, "active_lora_ids", "no_lora_flag_cpu", "num_active_loras"]
+    source = inspect.getsource(lora_shrink_op._lora_shrink)
+    for part in ("if no_lora_flag_cpu.item():", "output_tensor.zero_()", 'kernel_config.get("group_size_m", 8)'):
+        assert part in source
+    assert "t.to(device=device, dtype=dtype, non_blocking=True)" in inspect.getsource(torch_utils.async_tensor_h2d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xloom.engines.kv_size import pair_pages, token_bytes, too_few_pages
 from xloom.protocol import XloomError
 from xloom.vllm.engine.architecture import check_mixtures, dtype_for, target_modules, text_config
+from xloom.vllm.engine.lora_configs import VARIABLE, LoRAShapes, lora_shapes, tuned_folder
 from xloom.vllm.engine.platform import device_of
 from xloom.vllm.engine.refusals import check_dtype, check_environment, check_resolved, merged, no_wide_lora
 from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
@@ -141,6 +143,9 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
         check_environment()
     if device == "cpu":
         bind_threads(engine.tensor_parallel_size)
+    elif current_platform.is_cuda_alike():
+        with contextlib.suppress(XloomError):  # of a model whose sizes are not known: vLLM's defaults serve it
+            use_measured_kernels(current_platform.get_device_name(), shapes_of(model, engine, max_lora_rank))
     arguments = engine_arguments(model, engine, xlora=xlora, max_lora_rank=max_lora_rank, device=device)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
@@ -191,3 +196,16 @@ def bind_threads(ranks: int) -> None:
     share = max(1, len(cores) // ranks)
     groups = [cores[rank * share : (rank + 1) * share] or cores[-1:] for rank in range(ranks)]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
+
+
+def use_measured_kernels(device_name: str, shapes: LoRAShapes) -> None:
+    """Have vLLM look LoRA kernels' configurations up where some were measured for this GPU and model."""
+    folder = tuned_folder(device_name, shapes)
+    if folder is not None:
+        os.environ[VARIABLE] = str(folder)  # read in the worker processes, which inherit it
+        logger.info("LoRA kernels are configured by %s", folder)
+
+
+def shapes_of(model: ModelSettings, engine: EngineSettings, max_lora_rank: int) -> LoRAShapes:
+    """The LoRA products of an engine of these settings. Raises `XloomError`."""
+    return lora_shapes(text_config(model), _lora_rank(max_lora_rank), engine.tensor_parallel_size)

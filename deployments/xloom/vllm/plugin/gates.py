@@ -72,6 +72,11 @@ class SlotRows:
 class Gater(Protocol):
     """Where a slot's gates go before a forward pass; each punica wrapper keeps them its own way."""
 
+    manager: Any  # vLLM's LoRAModelManager that it serves
+
+    def reserve(self, routing: SlotRouting) -> None:
+        """Make room for the gates of a bundle that is being loaded."""
+
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         """The next forward pass runs with these gates `[num_rows, M, K]`, float32."""
 
@@ -84,6 +89,8 @@ class LoRABatch:
     # Which linear a stacked weight belongs to: its address -> HF module names, one a slice.
     linears: dict[int, list[str]] = field(default_factory=dict)
     gater: Gater | None = None  # the punica wrapper of this process
+    scheduler: type | None = None  # the class that schedules for it
+    runner: type | None = None  # the class of the model runner
 
     def xlora(self) -> list[SlotRows]:
         return [entry for entry in self.rows if entry.routing is not None]

@@ -5,11 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from xloom.mixtures.prepare import XLORA_FILE
 from xloom.mixtures.routing import Routing
+
+if TYPE_CHECKING:
+    from xloom.vllm.plugin.gates import Gater
+
+HOOKED = "xloom_hooked"  # set on model runners whose methods are wrapped
 
 _applied = False
 
@@ -28,17 +34,19 @@ def apply() -> None:
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     from xloom.vllm.plugin import runner_v1
 
     _patch_punica(current_platform)
-    runner_v1.patch()
+    setattr(runner_v1.patch(), HOOKED, True)
     if HAS_TRITON:  # the V2 runner needs it
         from xloom.vllm.plugin import runner_v2
 
-        runner_v2.patch()
+        setattr(runner_v2.patch(), HOOKED, True)
+    LoRAModelRunnerMixin.load_lora_model = _then(LoRAModelRunnerMixin.load_lora_model, _remember_runner)
     # A LoRA manager's own punica wrapper does not know it, and ours reads slots, ranks and routing from it.
-    LoRAModelManager.__init__ = _then(LoRAModelManager.__init__, _attach)
+    LoRAModelManager.__init__ = _then(LoRAModelManager.__init__, lambda manager, *_: _attach(manager))
     # A bundle is loaded by vLLM as the LoRA adapter it is stacked into; its routing comes along.
     WorkerLoRAManager._load_adapter = _with_routing(WorkerLoRAManager._load_adapter)
     if current_platform.is_cpu():
@@ -96,11 +104,12 @@ def _known_without_weight(original: Callable[[Any], torch.device]) -> Callable[[
     return _get_lora_device
 
 
-def _then(original: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:
+def _then(original: Callable[..., Any], after: Callable[..., None]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def patched(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        after(self)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        after(self, *args)
+        return result
 
     return patched
 
@@ -111,15 +120,43 @@ def _attach(manager: Any) -> None:
             wrapper.attach(manager)
 
 
+def _remember_runner(runner: Any, model: Any, config: Any, *args: Any) -> None:
+    from xloom.vllm.plugin.gates import BATCH
+
+    BATCH.scheduler, BATCH.runner = config.scheduler_config.get_scheduler_cls(), type(runner)
+
+
 def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(self: Any, lora_request: Any) -> Any:
         model = original(self, lora_request)
         folder = Path(lora_request.lora_path)
-        if (folder / "xlora.json").is_file():
+        if (folder / XLORA_FILE).is_file():
             from xloom.vllm.plugin.gates import SlotRouting
 
+            gater = gater_of(self._adapter_manager)
             model.xloom_routing = SlotRouting(Routing.load(folder).to(self.device), lora_request.lora_name)
+            gater.reserve(model.xloom_routing)
         return model
 
     return load_adapter
+
+
+def gater_of(manager: Any) -> Gater:
+    """Where gates of this LoRA manager's bundles go. Raises `RuntimeError` where a bundle would be served ungated.
+
+    Scheduler, model runner and punica wrapper must all be ours: one that is not knows nothing of gates.
+    """
+    from xloom.vllm.plugin.gates import BATCH
+    from xloom.vllm.plugin.scheduler import PairScheduling
+
+    gater, lacking = BATCH.gater, []
+    if gater is None or gater.manager is not manager:
+        lacking.append("its LoRA kernels")
+    if BATCH.scheduler is None or not issubclass(BATCH.scheduler, PairScheduling):
+        lacking.append("its scheduler")
+    if not getattr(BATCH.runner, HOOKED, False):
+        lacking.append("its model runner")
+    if lacking or gater is None:
+        raise RuntimeError(f"this engine was not started for mixtures: {', '.join(lacking)} would leave the gates out")
+    return gater

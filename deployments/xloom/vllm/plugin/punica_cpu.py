@@ -13,7 +13,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from xloom.vllm.plugin.gates import BATCH, SlotRows, rows_of, slices_of
+from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, rows_of, slices_of
 
 
 def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lora_b: list[torch.Tensor]) -> None:
@@ -72,6 +72,9 @@ class GatedPunicaCPU(PunicaWrapperCPU):
         """Take the LoRA manager whose slots this wrapper serves."""
         self.manager = manager
         BATCH.linears, BATCH.gater = slices_of(manager), self
+
+    def reserve(self, routing: SlotRouting) -> None:
+        """Gates come as tensors of their own here."""
 
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         entry.set_gates(gates)

@@ -113,12 +113,13 @@ def _mixtures_of(runner: Any) -> _Mixtures | None:
     return found
 
 
-def patch() -> None:
-    """Wrap the runner's methods in this process."""
+def patch() -> type:
+    """Wrap the runner's methods in this process. The runner's class."""
     runner: Any = GPUModelRunner
     runner._update_states = _updating(runner._update_states)
     runner._model_forward = _forwarding(runner._model_forward)
     runner.sample_tokens = _sampling(runner.sample_tokens)
+    return GPUModelRunner  # type: ignore[no-any-return]
 
 
 def _updating(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,8 +34,8 @@ def _mixtures_of(runner: Any) -> _Mixtures | None:
     return found
 
 
-def patch() -> None:
-    """Wrap the runner's methods in this process."""
+def patch() -> type:
+    """Wrap the runner's methods in this process. The runner's class."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     runner: Any = GPUModelRunner
@@ -43,6 +43,7 @@ def patch() -> None:
     runner.prepare_inputs = _preparing(runner.prepare_inputs)
     runner._set_active_loras = _activating(runner._set_active_loras)
     runner.postprocess_sampled = _postprocessing(runner.postprocess_sampled)
+    return GPUModelRunner  # type: ignore[no-any-return]
 
 
 def _executing(original: Callable[..., Any]) -> Callable[..., Any]:

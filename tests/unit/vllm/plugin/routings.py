@@ -9,11 +9,11 @@ import torch
 from xloom.mixtures.routing import Routing
 
 
-def routing(modules: Sequence[str], segments: Sequence[Sequence[tuple[int, int]]]) -> Routing:
-    """Two adapters over the given modules, stacked as `segments` says."""
+def routing(modules: Sequence[str], segments: Sequence[Sequence[tuple[int, int]]], num_adapters: int = 2) -> Routing:
+    """Adapters over the given modules, stacked as `segments` says."""
     return Routing(
-        num_adapters=2,
-        adapter_names=("0", "1"),
+        num_adapters=num_adapters,
+        adapter_names=tuple(map(str, range(num_adapters))),
         modules=tuple(modules),
         segments=tuple(tuple(parts) for parts in segments),
         hidden_size=4,
@@ -24,5 +24,5 @@ def routing(modules: Sequence[str], segments: Sequence[Sequence[tuple[int, int]]
         top_k=None,
         enable_softmax_topk=False,
         scaling_pass_value=0.0,
-        layers=((torch.zeros(2 * len(modules), 4), None),),
+        layers=((torch.zeros(num_adapters * len(modules), 4), None),),
     )

@@ -7,7 +7,6 @@ import torch
 
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, segment_index
 from xloom.vllm.plugin.punica_cpu import lora_linear
-from xloom.vllm.plugin.punica_gpu import MAX_ADAPTERS, GateTables
 
 from .routings import routing
 
@@ -74,30 +73,3 @@ def test_widened_and_narrow_gates_are_the_same() -> None:
         assert left is not None
         assert right is not None
         assert torch.equal(left, right)
-
-
-def test_gpu_tables_gate_bundle_rows_and_leave_the_rest_alone() -> None:
-    tables = GateTables({1234: NAMES}, max_tokens=16, max_loras=3, max_rank=RANK, device="cpu")
-    bundle = bundle_rows(slice(2, 5))
-    plain = SlotRows(5, 0, slice(0, 1), {"m.q_proj": 4}, None)
-    for entry in (bundle, plain):
-        tables.describe_slot(entry)
-    gates = torch.rand(3, len(NAMES), 2)
-    tables.put(bundle, gates)
-    slots = torch.tensor([0, -1, 2, 2, 2])  # plain, base, bundle
-    buffer = torch.randn(len(NAMES), len(slots), RANK)
-    expected = buffer.clone()
-    expected[0, 2:, :5] *= gates[:, 0][:, segment_index(SEGMENTS[0])]
-    expected[1, 2:, :3] *= gates[:, 1][:, segment_index(SEGMENTS[1])]
-
-    tables.apply(buffer, 1234, slots)
-
-    torch.testing.assert_close(buffer, expected)
-
-
-def test_gpu_tables_follow_a_slot_to_its_next_adapter() -> None:
-    tables = GateTables({1234: NAMES}, max_tokens=4, max_loras=3, max_rank=RANK, device="cpu")
-    tables.describe_slot(bundle_rows(slice(0, 4)))
-    assert (tables.column[2] != MAX_ADAPTERS).any()
-    tables.describe_slot(SlotRows(8, 2, slice(0, 4), {}, None))
-    assert (tables.column[2] == MAX_ADAPTERS).all()
