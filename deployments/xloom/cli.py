@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from xloom.commands import dashboards, quantize
+from xloom.commands import check, dashboards, quantize
 from xloom.commands.adapters import add_adapter, list_adapters, remove_adapter
 from xloom.commands.build import write_config
 from xloom.commands.doctor import diagnose, show_isq
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     dashboards.add_parser(commands)
     _add_build(commands)
     _add_doctor(commands)
+    check.add_parser(commands, positive)
     return parser
 
 
@@ -237,7 +238,7 @@ def _show_error(error: XloomError, *, as_json: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: 0 when it worked, 2 on an error, 130 when interrupted; `doctor` adds 1."""
+    """Run a command: 0 when it worked, 2 on an error, 130 when interrupted; `doctor` and `check` add 1."""
     arguments = build_parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:
