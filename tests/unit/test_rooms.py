@@ -20,6 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "engines": {"mixtures", "quantization"},
     "vllm": {"engines", "mixtures", "quantization"},
     "adapters": {"mixtures"},
+    "verification": {"engines", "mixtures", "quantization"},
     "autoscaling": set(),
     "replica": {"engines", "adapters", "wire"},
     "router": {"adapters", "wire"},

@@ -1,16 +1,16 @@
 """When two answers are the same, and when they are not: the one rule of tolerance, and distances between answers.
 
-The rule. Two programs that compute the same model differ by how their dtype rounds, and how far that carries depends on
-the model's depth and values, so no constant fits all. The base model says how far it is here: its log-probabilities in
-the engine against the reference's are off by rounding alone. An adapter adds to each linear one more product of the same
-kind, so it is off by about as much (on an H100 in float16 0.0008 for the base, 0.0007 for an adapter, 0.0008 to 0.0010
-for a mixture; in bfloat16 0.0055, 0.0059, 0.0068), while what is served wrongly is off by its effect: 0.09 for gates of
+The rule. Two programs that compute the same model differ by how their dtype rounds, and how far that carries depends
+on the model's depth and values, so no constant fits all. The base model says how far it is here: its log-probabilities
+in the engine are off the reference's by rounding alone. An adapter adds to each linear one more product of the same
+kind, so it is off by about as much (the sample on an H100 in float16: the base 0.0008, an adapter 0.0007, a mixture up
+to 0.0010; in bfloat16 0.0055, 0.0059, 0.0068), while what is wrongly served is off by its effect: 0.09 for gates of
 another token, 0.5 for the plain sum of a mixture's adapters. Hence
 
     tolerance = FACTOR x max(distance of the base from its reference, FLOOR)
 
-and the base itself must lie within `BASE_LIMIT` of its dtype. Where no reference can be computed, the figures above stand
-in for the base's distance (`TYPICAL`).
+and the base itself must lie within `BASE_LIMIT` of its dtype. Where no reference can be computed, the base's figures
+above stand in for its distance (`TYPICAL`).
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def tolerance(dtype: str, base: Distance | None) -> float:
     """What may lie between an answer and the one it must equal, in nats; `base` None: there is no reference."""
     if base is None:
         return FACTOR * TYPICAL.get(dtype, TYPICAL[LOOSEST])
-    return FACTOR * max(base.worst, FLOOR)
+    limit = base_limit(dtype)  # a base beyond it would excuse everything
+    return FACTOR * max(base.worst if within(base.worst, limit) else limit, FLOOR)
 
 
 def base_limit(dtype: str) -> float:

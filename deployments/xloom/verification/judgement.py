@@ -74,7 +74,7 @@ def judge(
     allowed = tolerance(dtype, measured)
     findings = [_base_reference(base, measured, dtype, expected.missing)]
     if observed.base_after:
-        findings.append(_same(base, "unchanged", observed.base, observed.base_after, allowed, "once adapters are loaded"))
+        findings.append(_same(base, "unchanged", observed.base, observed.base_after, allowed, "with adapters loaded"))
     if observed.base_mixed:
         findings.append(_same(base, "batch", observed.base, observed.base_mixed, allowed, "beside adapters"))
     for name, why in observed.refused.items():
@@ -133,9 +133,7 @@ def _reference(name: str, answers: Answers, expected: Expected, allowed: float) 
     return Finding(name, "reference", "failed", found.worst, allowed, detail, AGAIN)
 
 
-def _effect(
-    name: str, observed: Observed, expected: Expected, empty: bool, allowed: float, dtype: str
-) -> Finding:
+def _effect(name: str, observed: Observed, expected: Expected, empty: bool, allowed: float, dtype: str) -> Finding:
     """Prompts alone are the same text for base and adapter."""
     found = distance(observed.alone[name], observed.base).prompt
     if empty:

@@ -98,7 +98,10 @@ def load_reference(
     if getattr(config, "quantization_config", None) is not None and not ours:
         raise no_reference(f"{model.source} is quantised in a form that only engines read.")
     own = str(getattr(config.get_text_config(), "dtype", None) or "float32").removeprefix("torch.")
-    gpu = None if most_bytes is not None or ours or not torch.cuda.is_available() else torch.cuda.mem_get_info()[0]
+    gpu = None
+    if most_bytes is None and not ours and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what an engine of this process has left
+        gpu = int(torch.cuda.mem_get_info()[0])
     memory = available_memory()
     if most_bytes is not None:
         memory = most_bytes if memory is None else min(memory, most_bytes)

@@ -15,10 +15,10 @@ TEXTS = (
     "the snow melts, it carries branches and stones; in late summer a child can wade across it. The old mill",
     '{"order": 1042, "customer": {"name": "Ada", "city": "Riga"}, "items": [{"product": "lamp", "count": 2, '
     '"price": 18.5}, {"product": "chair", "count": 4, "price": 39.0}], "paid": true, "total":',
-    "Question: A shop sells pens at 3 coins each and books at 12 coins each. Noor buys 7 pens and 2 books and pays with "
-    "a note of 50 coins. How much change does she get? Answer: 7 pens cost 21 coins and 2 books cost 24 coins, so",
-    "Liebe Kolleginnen und Kollegen, die Sitzung am Donnerstag beginnt um neun Uhr. Bitte bringt eure Unterlagen mit und "
-    "sagt bis morgen Bescheid, wenn ihr nicht kommen könnt. Auf der Tagesordnung stehen",
+    "Question: A shop sells pens at 3 coins each and books at 12 coins each. Noor buys 7 pens and 2 books and pays "
+    "with a note of 50 coins. How much change does she get? Answer: 7 pens cost 21 coins and 2 books cost 24 coins, so",
+    "Liebe Kolleginnen und Kollegen, die Sitzung am Donnerstag beginnt um neun Uhr. Bitte bringt eure Unterlagen mit "
+    "und sagt bis morgen Bescheid, wenn ihr nicht kommen könnt. Auf der Tagesordnung stehen",
 )
 
 

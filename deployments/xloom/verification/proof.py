@@ -119,5 +119,6 @@ def expect(
         except XloomError as error:
             expected.broken[target.name] = str(error)
             continue
-        expected.right[target.name], expected.wrong[target.name] = right, wrong
+        expected.right[target.name] = right
+        expected.wrong[target.name] = dict(wrong)
     return expected

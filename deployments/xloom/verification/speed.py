@@ -43,9 +43,11 @@ async def measure(
 ) -> list[Speed]:
     """Measure what there is: `rows` prompts at once, of up to `longest` tokens with their answers.
 
-    The case of base rows beside a mixture needs two rows or more.
+    The case of base rows beside a mixture needs two rows or more. Nothing is measured where no answer has room.
     """
     room = longest - max(len(prompt) for prompt in prompts)
+    if room < FEWEST:
+        return []
     cases: dict[str, tuple[list[Row], Row]] = {"base": ([None] * rows, None)}
     if adapter is not None:
         cases[adapter.name] = ([adapter] * rows, None)
@@ -54,8 +56,8 @@ async def measure(
         if rows > 1:
             cases[f"base beside one of {mixture.name}"] = ([None] * (rows - 1), mixture)
     progress("speed: warming up")
-    rate = await _rate(ask, prompts, *cases["base"], min(FEWEST, room))
-    count = max(min(FEWEST, room), min(MOST, room // 3, int(rate / rows * ROUND_S)))
+    rate = await _rate(ask, prompts, *cases["base"], FEWEST)
+    count = max(FEWEST, min(MOST, room // 3, int(rate / rows * ROUND_S)))
     rates: dict[str, list[float]] = {case: [] for case in cases}
     for number in range(ROUNDS):
         progress(f"speed: round {number} of {ROUNDS - 1}")
