@@ -29,8 +29,8 @@ def doctored(prepared: Path, fault: str) -> Path:
     elif fault == "silent":
         tensors |= {key: tensors[key] * 0 for key in keys}
     elif fault == "summed":
-        (copy / XLORA_FILE).unlink()
-        (copy / ROUTER_FILE).unlink()
+        (copy / XLORA_FILE).unlink(missing_ok=True)
+        (copy / ROUTER_FILE).unlink(missing_ok=True)
     save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
     return copy
 

@@ -119,6 +119,7 @@ def _add_adapters(commands: Any) -> None:
     adding.add_argument("--top-k", type=int, help="X-LoRA: keep the K largest gates of each token")
     adding.add_argument("--temperature", type=float, help="X-LoRA: of the gates' softmax")
     adding.add_argument("--mixing-mode", choices=("additive", "concatenate", "gated"), help="X-LoRA: how to mix")
+    adding.add_argument("--verify", action="store_true", help="each replica proves it before serving it")
     adding.add_argument("--replace", action="store_true", help="take the place of one of the same name")
     _endpoint_options(adding)
     adding.set_defaults(run=_run_add)
@@ -221,6 +222,7 @@ def _run_add(arguments: argparse.Namespace, console: Console) -> int:
         "temperature": arguments.temperature,
         "mixing_mode": arguments.mixing_mode,
         "load_inplace": arguments.replace or None,
+        "verify": arguments.verify or None,
     }
     given = {key: value for key, value in options.items() if value is not None}
     return add_adapter(_endpoint(arguments), console, arguments.name, arguments.source, given, as_json=arguments.json)

@@ -65,7 +65,9 @@ def test_what_is_served_rightly_is_proved(folder: Path, tmp_path: Path, capfd: p
 def test_each_fault_is_found_where_it_is(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     adapters = {"code": "code", "zero": "zero", "scaled_code": "code", "silent_code": "code"}
     mixtures = {"blend": "blend", "summed_blend": "blend"}
-    status, report = check(folder, tmp_path / "settings.yaml", capfd, "--quick", "--prompts", "2", **adapters, **mixtures)
+    status, report = check(
+        folder, tmp_path / "settings.yaml", capfd, "--quick", "--prompts", "2", **adapters, **mixtures
+    )
     assert (status, report["verdict"]) == (1, "failed")
     wrong = {(each["subject"], each["proof"]) for each in report["findings"] if each["verdict"] != "ok"}
     assert wrong == {

@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "adapters": {"mixtures"},
     "verification": {"engines", "mixtures", "quantization"},
     "autoscaling": set(),
-    "replica": {"engines", "adapters", "wire"},
+    "replica": {"engines", "adapters", "verification", "wire"},
     "router": {"adapters", "wire"},
     "front_end": {"router", "vllm", "adapters"},
     "sample": {"mixtures", "quantization"},

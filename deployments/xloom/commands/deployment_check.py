@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import Overrides
 from xloom.app import lora_rank
-from xloom.commands.local import read_tokenizer
 from xloom.engines.base import LLMBackend
 from xloom.engines.registry import backend_for
 from xloom.protocol import XloomError
@@ -22,7 +19,7 @@ from xloom.settings import Settings
 from xloom.verification.engine import Ask, reading
 from xloom.verification.judgement import Expected, Finding, Observed, judge
 from xloom.verification.loading import LoadedReference, load_reference
-from xloom.verification.prompts import prompts, random_prompt
+from xloom.verification.prompts import Prompter
 from xloom.verification.proof import Progress, Target, empty, expect, mixtures, observe, observe_eager
 from xloom.verification.speed import ROWS, Speed, measure
 
@@ -61,10 +58,8 @@ class DeploymentCheck:
         began = time.monotonic()
         settings = self._settings
         targets = self._prepare()
-        self._tokenizer = read_tokenizer(settings)
-        self._vocabulary = _vocabulary(settings)
-        room = settings.engine.max_model_len // 2
-        asked = prompts(self._tokenizer, count, vocabulary=self._vocabulary, room=room)
+        self._prompter = Prompter.open(settings.model)
+        asked = self._prompter.prompts(count, room=settings.engine.max_model_len // 2)
         device = self._kind.device()
         if eager is None:
             eager = device == "cuda"
@@ -140,7 +135,7 @@ class DeploymentCheck:
     async def _measure(self, ask: Ask, targets: list[Target], observed: Observed) -> list[Speed]:
         engine = self._settings.engine
         rows = min(ROWS, engine.max_num_seqs)
-        asked = [random_prompt(self._tokenizer, self._vocabulary, 1000 + number) for number in range(rows)]
+        asked = [self._prompter.random(1000 + number) for number in range(rows)]
         served = [target for target in targets if target.name in observed.alone]
         adapter = next((target.ref for target in served if target.ref.kind == "lora"), None)
         mixture = next((target.ref for target in served if target.ref.kind == "xlora"), None)
@@ -179,8 +174,3 @@ class DeploymentCheck:
         finally:
             if reference is not None:
                 reference.close()
-
-
-def _vocabulary(settings: Settings) -> int:
-    config = AutoConfig.from_pretrained(settings.model.source, revision=settings.model.revision)
-    return int(config.get_text_config().vocab_size)

@@ -20,8 +20,8 @@ Ask = Callable[[TokenRequest], Awaitable[Sequence[TokenChunk]]]  # all chunks of
 _numbers = itertools.count()
 
 
-class StepReader:
-    """The one reader of a backend's steps, for a process that has the backend to itself."""
+class Asking:
+    """Requests of this process's own, beside whatever else its backend serves."""
 
     def __init__(self, backend: LLMBackend) -> None:
         self._backend = backend
@@ -29,21 +29,29 @@ class StepReader:
         self._ended: dict[str, asyncio.Future[None]] = {}
         self._error: BaseException | None = None
 
+    def take(self, chunk: TokenChunk) -> None:
+        """A chunk of the backend's; those of others are ignored."""
+        ended = self._ended.get(chunk.request_id)
+        if ended is not None:
+            self._chunks[chunk.request_id].append(chunk)
+            if chunk.finish_reason is not None and not ended.done():
+                ended.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        """The engine has died: every request fails with its error, now and from now on."""
+        self._error = error
+        for ended in self._ended.values():
+            if not ended.done():
+                ended.set_exception(error)
+
     async def read(self) -> None:
-        """Read until the engine dies; then every request fails with its error."""
+        """Be the one reader of the backend's steps, where nobody else reads them, until the engine dies."""
         try:
             async for step in self._backend.steps():
                 for chunk in step:
-                    if chunk.request_id in self._chunks:
-                        self._chunks[chunk.request_id].append(chunk)
-                        ended = self._ended[chunk.request_id]
-                        if chunk.finish_reason is not None and not ended.done():
-                            ended.set_result(None)
+                    self.take(chunk)
         except Exception as error:
-            self._error = error
-            for ended in self._ended.values():
-                if not ended.done():
-                    ended.set_exception(error)
+            self.fail(error)
 
     async def ask(self, request: TokenRequest) -> list[TokenChunk]:
         """Submit a request and wait for its end. Raises `XloomError`, and what the engine dies of."""
@@ -69,10 +77,10 @@ class StepReader:
 @asynccontextmanager
 async def reading(backend: LLMBackend) -> AsyncIterator[Ask]:
     """How to ask a backend, as long as it is read within."""
-    reader = StepReader(backend)
-    task = asyncio.create_task(reader.read())
+    asking = Asking(backend)
+    task = asyncio.create_task(asking.read())
     try:
-        yield reader.ask
+        yield asking.ask
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

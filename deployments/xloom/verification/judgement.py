@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from xloom.protocol import XloomError
 from xloom.verification.comparison import (
     NOTHING,
     TYPICAL,
@@ -51,7 +52,7 @@ class Observed:
     alone: dict[str, Answers] = field(default_factory=dict)
     mixed: dict[str, Answers] = field(default_factory=dict)
     summed: dict[str, Answers] = field(default_factory=dict)  # mixtures served as plain adapters, where that was asked
-    refused: dict[str, str] = field(default_factory=dict)  # what the engine did not load, and why
+    refused: dict[str, XloomError] = field(default_factory=dict)  # what the engine did not load, and why
     eager: dict[str | None, Answers] = field(default_factory=dict)  # of an engine that does not compile; None: base
 
 
@@ -78,7 +79,7 @@ def judge(
     if observed.base_mixed:
         findings.append(_same(base, "batch", observed.base, observed.base_mixed, allowed, "beside adapters"))
     for name, why in observed.refused.items():
-        findings.append(Finding(name, "loads", "failed", detail=why, cure="See docs/errors.md."))
+        findings.append(Finding(name, "loads", "failed", detail=f"{why.message} [{why.code}]", cure=why.cure))
     for name, answers in observed.alone.items():
         findings.append(_reference(name, answers, expected, allowed))
         findings.append(_effect(name, observed, expected, name in empty, allowed, dtype))

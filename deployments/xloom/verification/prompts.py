@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xloom.protocol import XloomError
+
+if TYPE_CHECKING:
+    from xloom.settings import ModelSettings
 
 SHORTEST, LONGEST = 20, 56  # tokens of a text
 RANDOM_LENGTH = 40  # tokens
@@ -22,31 +27,52 @@ TEXTS = (
 )
 
 
-def prompts(tokenizer: Any, count: int, *, vocabulary: int, room: int) -> list[list[int]]:
-    """`count` prompts as tokens below `vocabulary`, of at most `room` tokens each.
+@dataclass(frozen=True)
+class Prompter:
+    """Makes prompts of a model's own tokens. The same model gets the same prompts."""
 
-    Every third, and all once the texts are used up, is of random tokens: they reach parts of a model that no text
-    does, and nothing about them is likely. The same model gets the same prompts.
-    """
-    made: list[list[int]] = []
-    texts = iter(TEXTS)
-    while len(made) < count:
-        text = None if len(made) % 3 == 2 else next(texts, None)
-        prompt = random_prompt(tokenizer, vocabulary, len(made)) if text is None else _tokens(tokenizer, text)
-        made.append([token for token in prompt if token < vocabulary][:room])
-    return made
+    tokenizer: Any
+    vocabulary: int  # the model's; a tokenizer may have more
 
+    @classmethod
+    def open(cls, model: ModelSettings) -> Prompter:
+        """Read the model's tokenizer. Raises `XloomError` (tokenizer_not_loadable)."""
+        from transformers import AutoConfig, AutoTokenizer
 
-def random_prompt(tokenizer: Any, vocabulary: int, seed: int, length: int = RANDOM_LENGTH) -> list[int]:
-    """Ordinary tokens drawn at random: none with a meaning of its own, such as the end of a text."""
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    size = min(vocabulary, len(tokenizer))
-    ordinary: Sequence[int] = [token for token in range(size) if token not in special]
-    return random.Random(seed).choices(ordinary, k=length)
+        try:
+            config = AutoConfig.from_pretrained(model.source, revision=model.revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(model.source, revision=model.revision, trust_remote_code=False)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise XloomError(
+                "tokenizer_not_loadable",
+                f"No tokenizer could be read from {model.source!r}: {error}",
+                "Name a model that comes with its tokenizer.",
+            ) from error
+        return cls(tokenizer, int(config.get_text_config().vocab_size))
 
+    def prompts(self, count: int, *, room: int) -> list[list[int]]:
+        """`count` prompts of at most `room` tokens each.
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = list(tokenizer(text).input_ids)
-    while 0 < len(ids) < SHORTEST:
-        ids += tokenizer(text, add_special_tokens=False).input_ids or ids
-    return ids[:LONGEST]
+        Every third, and all once the texts are used up, is of random tokens: they reach parts of a model that no text
+        does, and nothing about them is likely.
+        """
+        made: list[list[int]] = []
+        texts = iter(TEXTS)
+        while len(made) < count:
+            text = None if len(made) % 3 == 2 else next(texts, None)
+            prompt = self.random(len(made)) if text is None else self._tokens(text)
+            made.append([token for token in prompt if token < self.vocabulary][:room])
+        return made
+
+    def random(self, seed: int, length: int = RANDOM_LENGTH) -> list[int]:
+        """Ordinary tokens drawn at random: none with a meaning of its own, such as the end of a text."""
+        special = set(getattr(self.tokenizer, "all_special_ids", ()))
+        size = min(self.vocabulary, len(self.tokenizer))
+        ordinary = [token for token in range(size) if token not in special]
+        return random.Random(seed).choices(ordinary, k=length)
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = list(self.tokenizer(text).input_ids)
+        while 0 < len(ids) < SHORTEST:
+            ids += self.tokenizer(text, add_special_tokens=False).input_ids or ids
+        return ids[:LONGEST]

@@ -64,7 +64,7 @@ async def observe(
         try:
             await backend.add_adapter(target.ref, target.folder)
         except XloomError as error:
-            observed.refused[target.name] = str(error)
+            observed.refused[target.name] = error
     loaded = [target.ref for target in targets if target.name not in observed.refused]
     if not loaded:
         return observed

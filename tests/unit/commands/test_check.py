@@ -115,9 +115,3 @@ def test_a_name_that_is_not_there_is_a_usage_error(
     file = settings_file(folder, tmp_path / "s.yaml", {"code": "code"}, {})
     assert main(["check", file, "--only", "cod"]) == 2
     assert "model_not_found" in capsys.readouterr().err
-
-
-def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["check", "--help"])
-    assert "example: xloom check" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from xloom.protocol import XloomError
 from xloom.verification.comparison import Scores
 from xloom.verification.judgement import BASE, EVEN, HELD, SUM, Expected, Finding, Observed, judge
 
@@ -167,8 +168,9 @@ def test_without_a_reference_the_engines_own_sum_stands_in(served: float, verdic
 
 def test_an_adapter_that_did_not_load_has_its_reason() -> None:
     observed, expected = scene()
-    observed.refused["odd"] = "wrong shape"
-    assert findings(observed, expected)["odd", "loads"].detail == "wrong shape"
+    observed.refused["odd"] = XloomError("wrong_shape", "It does not fit.", "Use another.")
+    found = findings(observed, expected)["odd", "loads"]
+    assert (found.verdict, found.detail, found.cure) == ("failed", "It does not fit. [wrong_shape]", "Use another.")
 
 
 def test_one_the_reference_can_not_read_is_not_called_right() -> None:
