@@ -16,11 +16,12 @@ from xloom.protocol import AdapterRef, TokenRequest
 from xloom.vllm.engine.backend import VLLMBackend
 
 WEIGHTS = "adapter_model.safetensors"
+_COPIES = tempfile.TemporaryDirectory(prefix="xloom-faulty-")  # an engine may read one again at any time
 
 
 def doctored(prepared: Path, fault: str) -> Path:
     """A copy of a prepared folder: one module's B scaled, all B zero, or a mixture without its router."""
-    copy = Path(tempfile.mkdtemp(prefix="xloom-faulty-"))
+    copy = Path(tempfile.mkdtemp(dir=_COPIES.name))
     shutil.copytree(prepared, copy, dirs_exist_ok=True)
     tensors = load_file(copy / WEIGHTS)
     keys = sorted(key for key in tensors if ".lora_B." in key)

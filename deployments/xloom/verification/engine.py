@@ -98,11 +98,18 @@ async def answer(ask: Ask, prompt: Sequence[int], adapter: AdapterRef | None, ne
     chunks = await ask(TokenRequest(request_name(), list(prompt), sampling, adapter))
     if chunks[-1].finish_reason not in ("length", "stop"):
         raise unanswered(f"The engine gave an answer up ({chunks[-1].finish_reason}).")
-    return Scores(
+    scores = Scores(
         prompt=tuple(value for chunk in chunks for value in _own(chunk.prompt_logprobs)),
         tokens=tuple(token for chunk in chunks for token in chunk.token_ids),
         answer=tuple(value for chunk in chunks for value in _own(chunk.logprobs)),
     )
+    if len(scores.prompt) != len(prompt) - 1 or len(scores.answer) != len(scores.tokens):
+        raise XloomError(
+            "no_logprobs",
+            "The backend does not give the log-probabilities of prompts and answers, so that nothing can be compared.",
+            "Use engine.backend: vllm, or transformers.",
+        )
+    return scores
 
 
 async def one_by_one(

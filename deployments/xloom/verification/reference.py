@@ -61,14 +61,15 @@ class PlainModel:
     ) -> tuple[list[Scores], dict[str, list[Scores]]]:
         """What an adapter or bundle ought to say of an engine's answers, and what it would say wrongly served.
 
-        Of a bundle the plain sum of its adapters; with `all_faults` also even gates, and gates of the prompt's last
-        token held while decoding.
+        Of a bundle the plain sum of its adapters; with `all_faults` also even gates, gates of the prompt's last token
+        held while decoding, and the base model.
         """
         adapter = self.adapter(prepared)
         right: list[Scores] = []
         wrong: dict[str, list[Scores]] = {}
         for prompt, answer in zip(prompts, answers, strict=True):
-            wrong.setdefault(BASE, []).append(self.scores(prompt, answer.tokens))
+            if all_faults:
+                wrong.setdefault(BASE, []).append(self.scores(prompt, answer.tokens))
             if adapter.routing is None:
                 right.append(self.scores(prompt, answer.tokens, adapter))
                 continue
