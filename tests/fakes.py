@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xloom.adapters.manifest import Entry, Manifest, generation_of
+from xloom.adapters.residency import Refusal
 from xloom.engines.base import Capabilities, Device, LLMBackend
 from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest, XloomError
 
@@ -132,7 +133,7 @@ class FakeStore:
     def __init__(self) -> None:
         self.manifest = Manifest(1)
         self.files: dict[str, dict[str, bytes]] = {}
-        self.reports: list[tuple[list[str], dict[str, str]]] = []
+        self.reports: list[tuple[list[str], dict[str, Refusal]]] = []
         self.away = False
         self._changed = asyncio.Event()
 

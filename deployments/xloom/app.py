@@ -113,10 +113,10 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
         logs=settings.observability.logs,
     )
     for adapter in settings.adapters:
-        await store.add(adapter.name, adapter.source, "lora", replace=True)
+        await store.add(adapter.name, adapter.source, "lora", replace=True, verify=adapter.verify)
     for bundle in settings.xlora:
         overrides = Overrides(bundle.top_k, bundle.temperature, bundle.mixing_mode)
-        await store.add(bundle.name, bundle.source, "xlora", overrides, replace=True)
+        await store.add(bundle.name, bundle.source, "xlora", overrides, replace=True, verify=bundle.verify)
     return store, await store.entries()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from xloom.commands import dashboards, quantize, tune
+from xloom.commands import check, dashboards, quantize, tune
 from xloom.commands.adapters import add_adapter, list_adapters, remove_adapter
 from xloom.commands.build import write_config
 from xloom.commands.doctor import diagnose, show_isq
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     dashboards.add_parser(commands)
     _add_build(commands)
     _add_doctor(commands)
+    check.add_parser(commands, positive)
     return parser
 
 
@@ -119,6 +120,7 @@ def _add_adapters(commands: Any) -> None:
     adding.add_argument("--top-k", type=int, help="X-LoRA: keep the K largest gates of each token")
     adding.add_argument("--temperature", type=float, help="X-LoRA: of the gates' softmax")
     adding.add_argument("--mixing-mode", choices=("additive", "concatenate", "gated"), help="X-LoRA: how to mix")
+    adding.add_argument("--verify", action="store_true", help="each replica proves it before serving it")
     adding.add_argument("--replace", action="store_true", help="take the place of one of the same name")
     _endpoint_options(adding)
     adding.set_defaults(run=_run_add)
@@ -221,6 +223,7 @@ def _run_add(arguments: argparse.Namespace, console: Console) -> int:
         "temperature": arguments.temperature,
         "mixing_mode": arguments.mixing_mode,
         "load_inplace": arguments.replace or None,
+        "verify": arguments.verify or None,
     }
     given = {key: value for key, value in options.items() if value is not None}
     return add_adapter(_endpoint(arguments), console, arguments.name, arguments.source, given, as_json=arguments.json)
@@ -238,7 +241,7 @@ def _show_error(error: XloomError, *, as_json: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: 0 when it worked, 2 on an error, 130 when interrupted; `doctor` adds 1."""
+    """Run a command: 0 when it worked, 2 on an error, 130 when interrupted; `doctor` and `check` add 1."""
     arguments = build_parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:

@@ -73,6 +73,7 @@ class AdapterSettings(_Section):
 
     name: str = Field(pattern=NAME_PATTERN)
     source: str  # local folder, hub id, or fsspec URL
+    verify: bool = False  # a replica proves it before serving it: docs/check.md
 
 
 class XLoraSettings(AdapterSettings):

@@ -106,7 +106,7 @@ def on_cpu_asynchronously() -> None:
 def use_gpu_kernels() -> None:
     """The GPU's punica wrapper on the CPU's platform, with blocks that its interpreter can run."""
     import vllm.lora.ops.triton_ops.lora_expand_op as expand
-    import vllm.lora.ops.triton_ops.lora_shrink_op as shrink
+    from vllm.lora.ops.triton_ops import utils
     from vllm.platforms import current_platform
 
     kind: Any = type(current_platform)
@@ -115,7 +115,7 @@ def use_gpu_kernels() -> None:
         "block_m": 16, "block_n": 32, "block_k": 64, "split_k": 1, "num_warps": 4, "num_ctas": 1, "num_stages": 2,
         "group_size_m": 8, "max_nreg": None,
     }  # fmt: skip
-    shrink.get_lora_op_configs = expand.get_lora_op_configs = lambda *args, **kwargs: blocks
+    utils.get_lora_op_configs = expand.get_lora_op_configs = lambda *args, **kwargs: blocks
 
 
 class Served:

@@ -18,6 +18,7 @@ from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
 from xloom.adapters.cache import NodeCache
 from xloom.adapters.client import StoreClient, open_store
 from xloom.adapters.manifest import Overrides, generation_of
+from xloom.adapters.residency import Refusal
 from xloom.protocol import XloomError
 
 pytestmark = pytest.mark.timeout(120)
@@ -209,12 +210,18 @@ async def test_residency_is_waited_for(store: StoreClient, sources: dict[str, Pa
     assert caught.value.code == "adapter_superseded"
 
 
-async def test_an_engine_that_refuses_an_adapter_ends_the_wait(store: StoreClient, sources: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("wrong_shape", "adapter_load_failed"), ("adapter_not_verified", "adapter_not_verified")],
+)
+async def test_an_engine_that_refuses_an_adapter_ends_the_wait(
+    store: StoreClient, sources: dict[str, Path], code: str, told: str
+) -> None:
     entry = await store.add("code", str(sources["code"]))
     await store.report("one", "node", [])  # there, and without it
     waiting = asyncio.ensure_future(store.await_resident("code", entry.generation, 30))
-    await store.report("one", "node", [], {entry.key: "out of memory"})
+    await store.report("one", "node", [], {entry.key: Refusal(code, "out of memory")})
     with pytest.raises(XloomError) as caught:
         await waiting
-    assert caught.value.code == "adapter_load_failed"
+    assert caught.value.code == told
     assert "out of memory" in caught.value.message

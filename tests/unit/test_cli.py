@@ -166,7 +166,18 @@ def test_adapters_list_as_table_and_json(endpoint: FakeEndpoint, capsys: pytest.
 
 def test_adapters_add_sends_only_the_options_given(endpoint: FakeEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     endpoint.answers["POST", "/v1/load_lora_adapter"] = (200, "Success")
-    options = ["--kind", "xlora", "--top-k", "2", "--mixing-mode", "gated", "--replace", "--admin-key", "secret"]
+    options = [
+        "--kind",
+        "xlora",
+        "--top-k",
+        "2",
+        "--mixing-mode",
+        "gated",
+        "--replace",
+        "--verify",
+        "--admin-key",
+        "secret",
+    ]
     assert main(["adapters", "add", "blend", "s3://bucket/blend", "--url", endpoint.url, *options]) == 0
     assert "Added blend" in capsys.readouterr().out
     method, path, body, authorization = endpoint.calls[-1]
@@ -178,6 +189,7 @@ def test_adapters_add_sends_only_the_options_given(endpoint: FakeEndpoint, capsy
         "top_k": 2,
         "mixing_mode": "gated",
         "load_inplace": True,
+        "verify": True,
     }
 
 
@@ -287,6 +299,7 @@ def test_serve_shows_an_errors_code_and_cure(
         ["adapters", "add"],
         ["adapters", "remove"],
         ["doctor"],
+        ["check"],
     ],
 )
 def test_each_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

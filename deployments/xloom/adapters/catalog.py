@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
 from xloom.adapters.manifest import (
@@ -100,17 +102,20 @@ class AdapterCatalog:
         *,
         replace: bool = False,
         max_rank: int | None = None,
+        verify: bool = False,
     ) -> Entry:
         """Take an adapter or bundle in (`kind` None: whichever it is). Raises `XloomError` and changes nothing.
 
         Adding what is there already changes nothing; other content under the same name is adapter_exists
         unless `replace`.
         """
-        with self.stage(name, source, kind, overrides) as staged:
+        with self.stage(name, source, kind, overrides, verify=verify) as staged:
             return self.commit(staged, replace=replace, max_rank=max_rank)
 
     @contextmanager
-    def stage(self, name: str, source: str, kind: str | None, overrides: Overrides) -> Iterator[Staged]:
+    def stage(
+        self, name: str, source: str, kind: str | None, overrides: Overrides, *, verify: bool = False
+    ) -> Iterator[Staged]:
         """Fetch, check and prepare a source; what is not committed within the block is deleted."""
         check_name(name, self._reserved)
         scratch = self._incoming / uuid.uuid4().hex
@@ -133,6 +138,7 @@ class AdapterCatalog:
                 source=source,
                 overrides=overrides,
                 added_at=time.time(),
+                verify=verify,
             )
             yield Staged(entry, prepared)
         except OSError as error:
@@ -163,7 +169,8 @@ class AdapterCatalog:
     def commit(self, staged: Staged, *, replace: bool = False, max_rank: int | None = None) -> Entry:
         """Make a staged adapter part of the desired state. Raises `XloomError` (adapter_exists, rank_too_large).
 
-        `max_rank` is what the engines that run now have room for, when that is less than the catalog takes.
+        `max_rank` is what the engines that run now have room for; None: none run yet. Those that run hold what is
+        here already unproved, so that they can't be asked to prove it.
         """
         entry = staged.entry
         if max_rank is not None and entry.rank > max_rank:
@@ -175,7 +182,7 @@ class AdapterCatalog:
         with self._changing:
             old = self._manifest.get(entry.name)
             if old is not None and old.generation == entry.generation:
-                return old
+                return self._with_verify(old, entry.verify, running=max_rank is not None)
             if old is not None and not replace:
                 raise XloomError(
                     "adapter_exists",
@@ -197,6 +204,21 @@ class AdapterCatalog:
                 self._collect()
                 raise _unwritable(self._prepared.parent, error) from None
             return entry
+
+    def _with_verify(self, entry: Entry, verify: bool, *, running: bool) -> Entry:
+        """An entry that is there, to be proved or not by engines that start from now on."""
+        if verify == entry.verify or (running and not verify):
+            return entry
+        if running:
+            raise XloomError(
+                "adapter_exists",
+                f"{entry.name!r} is served already, and was not verified.",
+                "Remove it first: it is verified when a replica loads it.",
+                409,
+            )
+        entry = msgspec.structs.replace(entry, verify=verify)
+        self._change(self._manifest.with_entry(entry))
+        return entry
 
     def remove(self, name: str) -> Entry:
         """Take an adapter out, and its files once no entry needs them. Raises `XloomError` (adapter_not_found)."""

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from xloom.adapters.manifest import NO_OVERRIDES, Entry, Manifest, Overrides
-from xloom.adapters.residency import ReplicaReport
+from xloom.adapters.residency import Refusal, ReplicaReport
 from xloom.adapters.store import AdapterStore
 from xloom.protocol import XloomError
 from xloom.settings import LogSettings
@@ -44,9 +44,10 @@ class StoreClient:
         *,
         replace: bool = False,
         max_rank: int | None = None,
+        verify: bool = False,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
-        return cast(Entry, await self._call("add", name, source, kind, overrides, replace, max_rank))
+        return cast(Entry, await self._call("add", name, source, kind, overrides, replace, max_rank, verify))
 
     async def remove(self, name: str) -> Entry | None:
         """Take an adapter out; its entry, None when the store died after removing it. Raises adapter_not_found."""
@@ -80,7 +81,7 @@ class StoreClient:
                 await asyncio.sleep(_RETRY_S)
 
     async def report(
-        self, replica_id: str, node_id: str, resident: Sequence[str], failed: dict[str, str] | None = None
+        self, replica_id: str, node_id: str, resident: Sequence[str], failed: dict[str, Refusal] | None = None
     ) -> None:
         """Say what a replica holds (name@generation), and what its engine refused and why."""
         await self._call("report", replica_id, node_id, list(resident), failed)

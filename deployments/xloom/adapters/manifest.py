@@ -38,6 +38,7 @@ class Entry(msgspec.Struct, frozen=True):
     source: str
     overrides: Overrides = NO_OVERRIDES
     added_at: float = 0.0  # seconds since the epoch
+    verify: bool = False  # whether a replica has to prove it before it serves it
 
     @property
     def ref(self) -> AdapterRef:

@@ -8,6 +8,14 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 SILENT_AFTER_S = 10.0
+NOT_VERIFIED = "adapter_not_verified"  # the code of one that did not pass its proof
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why an engine does not hold an adapter: an error's code, and all it said."""
+
+    code: str
+    reason: str
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
@@ -15,7 +23,7 @@ class ReplicaReport(msgspec.Struct, frozen=True):
 
     node_id: str
     resident: tuple[str, ...]  # name@generation
-    failed: dict[str, str] = {}  # name@generation -> why the engine refused it
+    failed: dict[str, Refusal] = {}  # name@generation -> why the engine refused it
     at: float = 0.0  # the clock's seconds
 
 
@@ -27,7 +35,7 @@ class Residency:
         self._silent_after_s = silent_after_s
         self._reports: dict[str, ReplicaReport] = {}
 
-    def report(self, replica_id: str, node_id: str, resident: Sequence[str], failed: dict[str, str]) -> None:
+    def report(self, replica_id: str, node_id: str, resident: Sequence[str], failed: dict[str, Refusal]) -> None:
         """Take a replica's report in place of its earlier one."""
         self._reports[replica_id] = ReplicaReport(node_id, tuple(resident), failed, self._clock())
 
@@ -49,6 +57,6 @@ class Residency:
         """The live replicas that hold `name@generation`."""
         return sorted(name for name, report in self.live().items() if key in report.resident)
 
-    def failures(self, key: str) -> dict[str, str]:
+    def failures(self, key: str) -> dict[str, Refusal]:
         """Why live replicas refused `name@generation`, by replica."""
         return {name: report.failed[key] for name, report in self.live().items() if key in report.failed}

@@ -15,7 +15,7 @@ import ray
 
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import NO_OVERRIDES, Entry, Manifest, Overrides
-from xloom.adapters.residency import ReplicaReport, Residency
+from xloom.adapters.residency import NOT_VERIFIED, Refusal, ReplicaReport, Residency
 from xloom.observability import table
 from xloom.observability.logs import configure
 from xloom.observability.recorder import RECORDER
@@ -72,12 +72,13 @@ class AdapterStore:
         overrides: Overrides = NO_OVERRIDES,
         replace: bool = False,
         max_rank: int | None = None,
+        verify: bool = False,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
         catalog = await self._catalog()
         with _counted("add", catalog):
             async with self._staging:
-                stage = catalog.stage(name, source, kind, overrides)
+                stage = catalog.stage(name, source, kind, overrides, verify=verify)
                 staged = await asyncio.to_thread(stage.__enter__)
                 try:
                     async with self._committing:
@@ -150,7 +151,7 @@ class AdapterStore:
     # Residency.
 
     async def report(
-        self, replica_id: str, node_id: str, resident: Sequence[str], failed: dict[str, str] | None = None
+        self, replica_id: str, node_id: str, resident: Sequence[str], failed: dict[str, Refusal] | None = None
     ) -> None:
         """A replica says what it holds (name@generation), and what its engine refused and why. Each second or so."""
         self._residency.report(replica_id, node_id, resident, failed or {})
@@ -168,8 +169,8 @@ class AdapterStore:
     async def await_resident(self, name: str, generation: str, timeout_s: float) -> list[str]:
         """Wait until each live replica holds an entry; returns their ids, none when no replica is up.
 
-        Raises `XloomError`: adapter_load_failed (an engine refused it), adapter_superseded (it was replaced or
-        removed meanwhile), adapter_not_resident (time is up).
+        Raises `XloomError`: adapter_load_failed (an engine refused it), adapter_not_verified (it did not pass its
+        proof), adapter_superseded (it was replaced or removed meanwhile), adapter_not_resident (time is up).
         """
         catalog = await self._catalog()
         key = f"{name}@{generation}"
@@ -179,12 +180,13 @@ class AdapterStore:
             if entry is None or entry.generation != generation:
                 raise XloomError("adapter_superseded", f"{name!r} was replaced or removed meanwhile.", status=409)
             if failures := self._residency.failures(key):
-                replica, reason = next(iter(failures.items()))
+                replica, refusal = next(iter(failures.items()))
+                unproved = refusal.code == NOT_VERIFIED
                 raise XloomError(
-                    "adapter_load_failed",
-                    f"{len(failures)} replicas could not load {name!r}; {replica}: {reason}",
+                    NOT_VERIFIED if unproved else "adapter_load_failed",
+                    f"{len(failures)} replicas could not load {name!r}; {replica}: {refusal.reason}",
                     "Mend the adapter, then replace it; or remove it.",
-                    500,
+                    422 if unproved else 500,
                 )
             return self._settled() and not self._residency.lacking(key)
 

@@ -23,6 +23,7 @@ from xloom.replica.mixture import MixtureMeter
 from xloom.replica.reconcile import Reconciler
 from xloom.replica.server import ReplicaServer
 from xloom.settings import Settings
+from xloom.verification.admission import Admission
 
 if TYPE_CHECKING:
     from xloom.adapters.client import StoreClient
@@ -67,6 +68,8 @@ class EngineReplica:
         self._reconciler.users = self._server.users
         self._reconciler.on_change = self._server.report
         self._server.on_report = EngineFigures(RECORDER, self._replica_id).take
+        self._server.begin()  # what is verified asks the engine
+        self._reconciler.admit = Admission(self._backend, self._server.own.ask, settings).admit
         await self._reconciler.start(FIRST_ADAPTERS_S)
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         self._host, self._port = await self._server.start(host)

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Protocol
 
 from xloom.adapters.cache import NodeCache
 from xloom.adapters.manifest import Entry, Manifest
+from xloom.adapters.residency import NOT_VERIFIED, Refusal
 from xloom.engines.base import LLMBackend
 from xloom.observability import table
 from xloom.observability.recorder import RECORDER, Recorder
@@ -30,7 +32,7 @@ class Store(Protocol):
     async def desired(self, known_version: int, timeout_s: float) -> Manifest: ...
     async def fetch(self, generation: str) -> dict[str, bytes]: ...
     async def report(
-        self, replica_id: str, node_id: str, resident: list[str], failed: dict[str, str] | None = None
+        self, replica_id: str, node_id: str, resident: list[str], failed: dict[str, Refusal] | None = None
     ) -> None: ...
     async def forget(self, replica_id: str) -> None: ...
 
@@ -51,10 +53,11 @@ class Reconciler:
         self._replica_id, self._node_id, self._recorder = replica_id, node_id, recorder
         self.users: Callable[[AdapterRef], int] = lambda ref: 0
         self.on_change: Callable[[], None] = lambda: None
+        self.admit: Callable[[AdapterRef, Path], Awaitable[None]] | None = None  # loads and proves; raises `XloomError`
         self._version = -1
         self._wanted: dict[AdapterRef, Entry] = {}
         self._resident: set[AdapterRef] = set()
-        self._failed: dict[AdapterRef, str] = {}
+        self._failed: dict[AdapterRef, Refusal] = {}
         self._work: dict[AdapterRef, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._news = asyncio.Event()  # something to report
@@ -132,17 +135,17 @@ class Reconciler:
         while ref in self._wanted:
             try:
                 path = await self._cache.ensure(entry, self._store.fetch)
-                await self._backend.add_adapter(ref, path)
+                await self._load(entry, path)
             except XloomError as error:
                 if error.status < 500:  # the engine's verdict on these files: it stays
                     logger.warning("adapter %s is refused: %s", ref.name, error)
-                    self._refuse(ref, str(error))
+                    self._refuse(ref, Refusal(error.code, str(error)))
                     break
                 logger.warning("adapter %s is not loaded yet: %s", ref.name, error)
                 await asyncio.sleep(RETRY_S)
             except Exception as error:
                 logger.exception("adapter %s could not be loaded", ref.name)
-                self._refuse(ref, f"{type(error).__name__}: {error}")
+                self._refuse(ref, Refusal("internal_error", f"{type(error).__name__}: {error}"))
                 break
             else:
                 self._resident.add(ref)
@@ -154,7 +157,15 @@ class Reconciler:
         if ref not in self._wanted and ref in self._resident:  # removed while it was being loaded
             await self._retire(ref)
 
-    def _refuse(self, ref: AdapterRef, why: str) -> None:
+    async def _load(self, entry: Entry, path: Path) -> None:
+        if not entry.verify:
+            await self._backend.add_adapter(entry.ref, path)
+        elif self.admit is not None:
+            await self.admit(entry.ref, path)
+        else:
+            raise XloomError(NOT_VERIFIED, f"This replica can't verify {entry.name!r}.", "Add it without verify.")
+
+    def _refuse(self, ref: AdapterRef, why: Refusal) -> None:
         self._failed[ref] = why
         self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="refused")
 

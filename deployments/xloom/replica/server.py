@@ -31,6 +31,7 @@ from xloom.protocol import (
     Welcome,
     XloomError,
 )
+from xloom.verification.engine import Asking
 from xloom.wire import FrameReader, FrameWriter
 
 logger = logging.getLogger(__name__)
@@ -86,16 +87,23 @@ class ReplicaServer:
         self._owners: dict[str, _Connection] = {}
         self._in_use: Counter[AdapterRef] = Counter()
         self._changed = asyncio.Event()
+        self.own = Asking(backend)  # the replica's own requests, which no router sees
         self.on_report: Callable[[EngineStats], None] = lambda stats: None
         self._draining = False
         self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._pump_error: BaseException | None = None
 
+    def begin(self) -> None:
+        """Let tokens flow: for what the replica asks before it listens."""
+        if not self._tasks:
+            self._tasks.append(asyncio.create_task(self._pump()))
+
     async def start(self, host: str) -> tuple[str, int]:
         """Listen on a free port of `host`; returns the address routers connect to."""
         self._server = await asyncio.start_server(self._serve, host, 0)
-        self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._report_periodically())]
+        self.begin()
+        self._tasks.append(asyncio.create_task(self._report_periodically()))
         address: tuple[str, int] = self._server.sockets[0].getsockname()[:2]
         return address
 
@@ -297,7 +305,8 @@ class ReplicaServer:
                 for chunk in chunks:
                     connection = self._owners.get(chunk.request_id)
                     if connection is None:
-                        continue  # aborted
+                        self.own.take(chunk)  # or aborted
+                        continue
                     groups.setdefault(connection, []).append(chunk)
                     if chunk.finish_reason is not None:
                         self._release(chunk.request_id)
@@ -310,6 +319,7 @@ class ReplicaServer:
             self._pump_error = error
         else:
             self._pump_error = RuntimeError("the engine's steps have ended")
+        self.own.fail(self._pump_error)
         for request_id in list(self._owners):
             connection = self._release(request_id, "engine_dead")
             if connection is not None:

@@ -10,12 +10,13 @@ from fastapi import APIRouter, FastAPI, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from xloom.adapters.manifest import NO_OVERRIDES, Entry, Overrides
-from xloom.adapters.residency import ReplicaReport
+from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
 from xloom.protocol import XloomError
 from xloom.router.catalog import Catalog
 from xloom.router.dispatch import Dispatcher
 
 RESIDENT_TIMEOUT_S = 60.0
+VERIFIED_TIMEOUT_S = 300.0  # of one that a replica proves first
 
 
 class Store(Protocol):
@@ -30,6 +31,7 @@ class Store(Protocol):
         *,
         replace: bool = False,
         max_rank: int | None = None,
+        verify: bool = False,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
     async def revert(self, name: str, generation: str) -> Entry | None: ...
@@ -51,6 +53,7 @@ class LoadAdapter(BaseModel):
     top_k: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
     mixing_mode: Literal["additive", "concatenate", "gated"] | None = None
+    verify: bool = False  # each replica proves it before serving it
 
 
 class UnloadAdapter(BaseModel):
@@ -82,11 +85,13 @@ class Control:
             Overrides(wanted.top_k, wanted.temperature, wanted.mixing_mode),
             replace=wanted.load_inplace,
             max_rank=self.max_lora_rank,
+            verify=wanted.verify,
         )
         try:
-            await self.store.await_resident(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
+            timeout_s = VERIFIED_TIMEOUT_S if entry.verify else RESIDENT_TIMEOUT_S
+            await self.store.await_resident(entry.name, entry.generation, timeout_s)
         except XloomError as error:
-            if error.code == "adapter_load_failed" and entry.key not in had:
+            if error.code in ("adapter_load_failed", NOT_VERIFIED) and entry.key not in had:
                 await self.store.revert(entry.name, entry.generation)  # it never served: all is as it was
             raise
         await self.catalog.catch_up(entry.name, entry.generation, RESIDENT_TIMEOUT_S)

@@ -56,6 +56,27 @@ def test_an_added_adapter_serves_at_once_and_a_removed_one_is_gone(
     assert_gone(server, "gamma")
 
 
+def test_what_is_verified_serves_once_it_has_passed(server: Served, weights: Weights, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "gamma", weights.base, seed=41, **ADAPTERS[0])
+    bundle = tiny_bundle(tmp_path / "mix", weights.base, seed=42)
+    for name, folder in (("gamma", adapter), ("mix", bundle)):
+        answer = server.load(name, folder, verify=True)
+        assert answer.status_code == 200, answer.text
+        assert len(server.greedy(name, PROMPT, NEW_TOKENS)) == NEW_TOKENS
+    held = server.status()["replicas"][0]["stats"]["adapters"]
+    assert {key.partition("@")[0] for key in held} == {*weights.adapters, "blend", "gamma", "mix"}
+
+
+def test_what_does_not_pass_is_never_served(server: Served, weights: Weights, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "gamma", weights.base, strength=0)
+    answer = server.load("gamma", adapter, verify=True)
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == "adapter_not_verified"
+    assert "Its files change nothing" in error["message"]
+    assert_gone(server, "gamma")
+
+
 def test_adding_the_same_again_changes_nothing(server: Served, weights: Weights) -> None:
     before = server.status()["adapters"]
     assert server.load("alpha", weights.adapters["alpha"]).status_code == 200

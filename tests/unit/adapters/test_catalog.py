@@ -321,3 +321,27 @@ def test_the_catalog_imports_without_ray_vllm_or_torch() -> None:
     check = "import sys, xloom.adapters.catalog; print(sorted({'ray', 'vllm', 'torch'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_what_is_to_be_verified_stays_so(open_catalog: Open, lora: Path) -> None:
+    catalog = open_catalog()
+    assert catalog.add("code", str(lora), verify=True, max_rank=64).verify
+    assert catalog.add("code", str(lora), max_rank=64).verify
+    [entry] = open_catalog().entries()
+    assert entry.verify
+
+
+def test_engines_that_hold_an_adapter_unproved_can_not_be_asked_to_prove_it(open_catalog: Open, lora: Path) -> None:
+    catalog = open_catalog()
+    catalog.add("code", str(lora), max_rank=64)
+    error = refused(catalog, "code", lora, verify=True, replace=True, max_rank=64)
+    assert error.code == "adapter_exists"
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_before_engines_run_the_settings_say_what_is_verified(open_catalog: Open, lora: Path, verify: bool) -> None:
+    catalog = open_catalog()
+    first = catalog.add("code", str(lora), verify=not verify)
+    second = catalog.add("code", str(lora), replace=True, verify=verify)
+    assert (second.generation, second.verify) == (first.generation, verify)
+    assert catalog.entries() == (second,)

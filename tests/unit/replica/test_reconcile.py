@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.fakes import FakeBackend, FakeStore, until
 from xloom.adapters.cache import NodeCache
-from xloom.adapters.manifest import Manifest
-from xloom.protocol import XloomError
+from xloom.adapters.manifest import Entry, Manifest
+from xloom.protocol import AdapterRef, XloomError
 from xloom.replica.reconcile import Reconciler
 
 
@@ -57,6 +58,48 @@ async def test_a_mended_adapter_is_tried_again_under_its_new_generation(scene: S
     scene.backend.refused.clear()
     mended = scene.store.put("code", b"2")
     assert await asyncio.wait_for(scene.reconciler.arrival(mended.ref), 10)
+
+
+def verified(scene: Scene, name: str) -> Entry:
+    """An entry of the store's that a replica has to prove."""
+    entry = msgspec.structs.replace(scene.store.put(name, name.encode()), verify=True)
+    scene.store.set(scene.store.manifest.with_entry(entry))
+    return entry
+
+
+async def test_what_is_to_be_verified_is_resident_once_it_has_passed(scene: Scene) -> None:
+    passed = asyncio.Event()
+
+    async def admit(ref: AdapterRef, path: Path) -> None:
+        await passed.wait()
+        await scene.backend.add_adapter(ref, path)
+
+    scene.reconciler.admit = admit
+    plain, entry = scene.store.put("plain", b"1"), verified(scene, "code")
+    await scene.reconciler.start(0.1)
+    assert await asyncio.wait_for(scene.reconciler.arrival(plain.ref), 10)
+    assert entry.ref not in scene.reconciler.resident
+    passed.set()
+    assert await asyncio.wait_for(scene.reconciler.arrival(entry.ref), 10)
+
+
+async def test_what_does_not_pass_is_refused_with_its_code(scene: Scene) -> None:
+    async def admit(ref: AdapterRef, path: Path) -> None:
+        raise XloomError("adapter_not_verified", "It answers as the base model does.")
+
+    scene.reconciler.admit = admit
+    entry = verified(scene, "code")
+    await scene.reconciler.start(10)
+    assert not await scene.reconciler.arrival(entry.ref)
+    await until(lambda: bool(scene.store.reports) and entry.key in scene.store.reports[-1][1])
+    assert scene.store.reports[-1][1][entry.key].code == "adapter_not_verified"
+
+
+async def test_a_replica_that_can_not_verify_does_not_serve_what_it_should(scene: Scene) -> None:
+    entry = verified(scene, "code")
+    await scene.reconciler.start(10)
+    assert not await scene.reconciler.arrival(entry.ref)
+    assert scene.backend.adapters == {}
 
 
 async def test_an_adapter_in_use_is_removed_after_its_last_request(scene: Scene) -> None:

@@ -31,7 +31,9 @@ class Store:
         *,
         replace: bool = False,
         max_rank: int | None = None,
+        verify: bool = False,
     ) -> Entry:
+        self.verified = verify
         return NEW
 
     async def remove(self, name: str) -> Entry | None:
@@ -66,9 +68,19 @@ async def refused(store: Store, *served: Entry) -> list[tuple[str, str]]:
     return store.reverted
 
 
+@pytest.mark.parametrize("refusal", ["adapter_load_failed", "adapter_not_verified"])
 @pytest.mark.parametrize("served", [(), (OLD,)])
-async def test_what_an_engine_refuses_is_taken_back(served: tuple[Entry, ...]) -> None:
-    assert await refused(Store("adapter_load_failed"), *served) == [("code", "new")]
+async def test_what_an_engine_refuses_is_taken_back(served: tuple[Entry, ...], refusal: str) -> None:
+    assert await refused(Store(refusal), *served) == [("code", "new")]
+
+
+@pytest.mark.parametrize("verify", [False, True])
+async def test_the_store_is_told_what_is_to_be_verified(verify: bool) -> None:
+    store = Store("adapter_not_verified")
+    control = Control("base", 64, cast(Any, None), cast(Any, Catalog()), store)
+    with pytest.raises(XloomError):
+        await control.add(LoadAdapter(lora_name="code", lora_path="./new", verify=verify))
+    assert store.verified is verify
 
 
 async def test_what_was_served_before_is_not_taken_back() -> None:
