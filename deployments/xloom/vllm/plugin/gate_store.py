@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,12 @@ class _Part:
     count: int
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Consecutive tokens of one request in a batch."""
 
     request_id: str  # a scaling sequence's, whose gates they take
     position: int
-    count: int
+    num_tokens: int
     constant: Tensor | None = None  # [M, K]: gates that are no token's own
 
 
@@ -60,7 +60,7 @@ class GateStore:
         """
         pieces: list[tuple[Tensor, int, int]] = []  # source, first, count
         for span in spans:
-            found = self._use(span) if span.constant is None else [(span.constant[None], 0, span.count)]
+            found = self._use(span) if span.constant is None else [(span.constant[None], 0, span.num_tokens)]
             for source, first, count in found:
                 if pieces and pieces[-1][0] is source and pieces[-1][1] + pieces[-1][2] == first:
                     first, count = pieces[-1][1], pieces.pop()[2] + count
@@ -69,7 +69,7 @@ class GateStore:
 
     def _use(self, span: Span) -> list[tuple[Tensor, int, int]]:
         parts = self._parts.get(span.request_id)
-        position, missing = span.position, span.count
+        position, missing = span.position, span.num_tokens
         found = []
         while missing and parts:
             part = parts[0]

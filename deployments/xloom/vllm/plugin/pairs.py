@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
@@ -124,5 +123,4 @@ def pair(request: Request) -> MixtureRequest:
 
 def running(request: Request) -> bool:
     """Whether the scheduler counts it as running."""
-    status: Any = request.status
-    return bool(status == RequestStatus.RUNNING)
+    return request.status is RequestStatus.RUNNING

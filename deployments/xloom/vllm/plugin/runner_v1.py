@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -116,10 +117,27 @@ def _mixtures_of(runner: Any) -> _Mixtures | None:
 def patch() -> type:
     """Wrap the runner's methods in this process. The runner's class."""
     runner: Any = GPUModelRunner
+    runner.execute_model = _executing(runner.execute_model)
     runner._update_states = _updating(runner._update_states)
     runner._model_forward = _forwarding(runner._model_forward)
     runner.sample_tokens = _sampling(runner.sample_tokens)
     return GPUModelRunner  # type: ignore[no-any-return]
+
+
+class _OnlyScaling(Exception):
+    """A step of scaling sequences alone is over with its forward pass: nothing of it is sampled."""
+
+
+def _executing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except _OnlyScaling:
+            names = list(self.input_batch.req_ids)
+            return ModelRunnerOutput(names, {name: place for place, name in enumerate(names)})
+
+    return execute_model
 
 
 def _updating(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,6 +177,9 @@ def _forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
         mixtures.step.hand_over(rows)
         result = original(self, *args, **kwargs)
         mixtures.step.make(rows, result if isinstance(result, torch.Tensor) else result[0])
+        # Asynchronously vLLM asks for what was sampled without looking whether the step has an output already.
+        if not self.use_async_scheduling and all(is_scaling(row.request_id) for row in rows):
+            raise _OnlyScaling
         return result
 
     return _model_forward

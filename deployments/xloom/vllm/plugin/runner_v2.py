@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from xloom.vllm.plugin.pairs import is_scaling, scaling_id
 from xloom.vllm.plugin.step import MixtureStep, Row, rows_in_order
@@ -42,6 +43,7 @@ def patch() -> type:
     runner.execute_model = _executing(runner.execute_model)
     runner.prepare_inputs = _preparing(runner.prepare_inputs)
     runner._set_active_loras = _activating(runner._set_active_loras)
+    runner.sample = _sampling(runner.sample)
     runner.postprocess_sampled = _postprocessing(runner.postprocess_sampled)
     return GPUModelRunner  # type: ignore[no-any-return]
 
@@ -95,6 +97,20 @@ def _activating(original: Callable[..., Any]) -> Callable[..., Any]:
             mixtures.step.hand_over(mixtures.rows)
 
     return _set_active_loras
+
+
+def _sampling(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sample(self: Any, hidden_states: torch.Tensor, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """A step of scaling sequences alone samples nothing, as chunks of prompts do not."""
+        if not all(map(is_scaling, batch.req_ids)):
+            return original(self, hidden_states, batch, *args, **kwargs)
+        count, device = len(batch.req_ids), hidden_states.device
+        none = torch.zeros(count, dtype=torch.int32, device=device)
+        tokens = torch.zeros(count, 1, dtype=torch.int64, device=device)
+        return SamplerOutput(tokens, None, None, none, none), none, none
+
+    return sample
 
 
 def _postprocessing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,6 +56,7 @@ class PairScheduling(Scheduler):
         super().__init__(*args, **kwargs)
         self.pairs: dict[str, MixtureRequest] = {}  # by the request's id
         self._parked: dict[str, MixtureRequest] = {}  # whose scaling sequence runs, and they do not yet
+        self._mixing: set[str] = set()  # those that run
         self._half_preempted: set[str] = set()
         self.pair_preemptions = 0
         self._turns = Turns()
@@ -96,6 +97,7 @@ class PairScheduling(Scheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if isinstance(request, MixtureRequest) and self.pairs.pop(request.request_id, None) is not None:
             self._parked.pop(request.request_id, None)
+            self._mixing.discard(request.request_id)
             self._half_preempted.discard(request.request_id)
             self._hits.release(request.request_id)
             super().finish_requests(request.scaling.request_id, RequestStatus.FINISHED_ABORTED)
@@ -112,11 +114,10 @@ class PairScheduling(Scheduler):
             return super().schedule(throttle_prefills)
         self._finish_preemptions()
         self._wake_parked()
-        doubled = sum(running(mixture) for mixture in self.pairs.values())
-        allowed = self._limit + doubled + len(self.kv_holding_waiting)
+        allowed = self._limit + len(self._mixing) + len(self.kv_holding_waiting)
         self.max_num_active_reqs = min(allowed, self.max_num_running_reqs)
         self._loras = self._loras_in_use()
-        self._turns.choose(self.pairs.values())
+        self._turns.choose(self.pairs[each] for each in self._mixing)
         before = {mixture.request_id for mixture in self.kv_holding_waiting if isinstance(mixture, MixtureRequest)}
         output = super().schedule(throttle_prefills)
         self._starved = [each for each in before if each not in output.num_scheduled_tokens]
@@ -126,7 +127,8 @@ class PairScheduling(Scheduler):
     def _look_at_admitted(self, output: SchedulerOutput) -> None:
         """Park requests whose scaling sequence was let in, and let go of pages held for what was not."""
         now = time.monotonic()
-        for name in output.num_scheduled_tokens:
+        admitted = [new.req_id for new in output.scheduled_new_reqs]
+        for name in (*admitted, *output.scheduled_cached_reqs.resumed_req_ids):
             mixture = self.pairs.get(mixture_id(name))
             if mixture is None:
                 continue
@@ -138,6 +140,8 @@ class PairScheduling(Scheduler):
             elif not is_scaling(name) and running(mixture):
                 self._hits.release(mixture.request_id)
                 if self._parked.pop(mixture.request_id, None) is not None:
+                    self._mixing.add(mixture.request_id)
+                    self._turns.unsettle()
                     self._seat_beside(mixture)
         self._hits.release_all_but(self._parked)
 
@@ -226,7 +230,9 @@ class PairScheduling(Scheduler):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         allowed = num_new_tokens
-        if isinstance(request, MixtureRequest):
+        if type(request) is Request:
+            pass
+        elif isinstance(request, MixtureRequest):
             # Within schedule() the scaling sequence's count is still that of before the step.
             allowed = min(num_new_tokens, request.scaling.num_computed_tokens - num_computed_tokens)
         elif isinstance(request, ScalingRequest) and request.mixture is not None:
@@ -236,8 +242,7 @@ class PairScheduling(Scheduler):
             allowed = min(num_new_tokens, done + self.max_num_scheduled_tokens - num_computed_tokens)
         if allowed <= 0 or self._turns.waits(request):
             return 0
-        reserved: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, allowed)
-        return reserved
+        return allowed  # vLLM's own keeps room for drafts of speculative decoding, which mixtures refuse
 
     @staticmethod
     def _holds_kv_blocks(request: Request) -> bool:
@@ -249,6 +254,7 @@ class PairScheduling(Scheduler):
         scaling = isinstance(request, ScalingRequest)
         super()._preempt_request(request, timestamp, drop_stale_output or scaling)
         if isinstance(request, MixtureRequest):
+            self._mixing.discard(request.request_id)
             self._withdraw(request)
         if isinstance(request, MixtureRequest | ScalingRequest):
             self._half_preempted.add(mixture_id(request.request_id))
@@ -297,7 +303,7 @@ class PairScheduling(Scheduler):
         data: CachedRequestData = super()._make_cached_request_data(
             running_reqs, resumed_reqs, num_scheduled_tokens, *args
         )
-        if not self.pairs:
+        if not self.pairs or not self.scheduler_config.async_scheduling:
             return data
         for place, name in enumerate(data.req_ids):
             if not is_scaling(name):
@@ -324,9 +330,8 @@ class PairScheduling(Scheduler):
         if not self.pairs:
             counts: tuple[int, int] = super().get_request_counts()
             return counts
-        begun = sum(not isinstance(request, ScalingRequest) for request in self.running)
-        begun += sum(running(mixture.scaling) and not running(mixture) for mixture in self.pairs.values())
-        return begun, sum(not isinstance(request, ScalingRequest) for request in self.requests.values()) - begun
+        begun = len(self.running) - len(self._mixing)  # two rows each; of the parked one runs
+        return begun, len(self.requests) - len(self.pairs) - begun
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)

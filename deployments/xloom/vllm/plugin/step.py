@@ -6,8 +6,7 @@ Both of vLLM's runners call this: `runner_v1.py` and `runner_v2.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +24,13 @@ from xloom.vllm.plugin.pairs import BUNDLE_ARG, is_scaling, mixture_id, scaling_
 from xloom.vllm.plugin.rank_tally import tally_of_this_rank
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A request's tokens in a batch."""
 
     request_id: str
     lora_id: int  # 0 for the base model
     first: int  # of the batch's token axis
-    count: int
+    num_tokens: int
     position: int  # of the first token in its sequence
 
 
@@ -72,10 +70,10 @@ class MixtureStep:
     def hand_over(self, rows: Sequence[Row]) -> None:
         """Before the forward pass: the gates of the batch's rows, to the kernels."""
         entries = BATCH.xlora()
-        scaling = sum(row.count for row in rows if is_scaling(row.request_id))
+        scaling = sum(row.num_tokens for row in rows if is_scaling(row.request_id))
         self._timed = self._tally is not None and bool(entries or scaling)
         if self._timed and self._tally is not None:
-            self._tally.start(scaling_share=scaling / sum(row.count for row in rows))
+            self._tally.start(scaling_share=scaling / sum(row.num_tokens for row in rows))
         if entries:
             spans: dict[int, list[Span]] = {entry.adapter_id: [] for entry in entries}
             constant = {entry.adapter_id: entry.routing for entry in entries}
@@ -89,9 +87,9 @@ class MixtureStep:
 
     def _span(self, row: Row, routing: SlotRouting | None) -> Span:
         if not is_scaling(row.request_id):
-            return Span(scaling_id(row.request_id), row.position, row.count)
+            return Span(scaling_id(row.request_id), row.position, row.num_tokens)
         assert routing is not None
-        return Span(row.request_id, row.position, row.count, routing.scaling_pass_gates)
+        return Span(row.request_id, row.position, row.num_tokens, routing.scaling_pass_gates)
 
     def make(self, rows: Sequence[Row], hidden: Tensor) -> None:
         """After the forward pass: gates of scaling sequences' tokens, from `hidden [num_tokens or more, hidden]`."""
@@ -105,8 +103,8 @@ class MixtureStep:
             gates = self._gates(routing, _picked(hidden, sequences))
             first = 0
             for row in sequences:
-                self.store.put(row.request_id, row.position, gates, first, row.count)
-                first += row.count
+                self.store.put(row.request_id, row.position, gates, first, row.num_tokens)
+                first += row.num_tokens
             if self._tally is not None:
                 self._tally.add(routing.name, routing.routing, gates)
         for entry in BATCH.xlora():
@@ -139,10 +137,10 @@ class MixtureStep:
 
 def _picked(hidden: Tensor, rows: Sequence[Row]) -> Tensor:
     """The hidden states `[num_rows, hidden]` of these rows."""
-    first, last = rows[0].first, rows[-1].first + rows[-1].count
-    if last - first == sum(row.count for row in rows):
+    first, last = rows[0].first, rows[-1].first + rows[-1].num_tokens
+    if last - first == sum(row.num_tokens for row in rows):
         return hidden[first:last]
-    index = np.concatenate([np.arange(row.first, row.first + row.count) for row in rows])
+    index = np.concatenate([np.arange(row.first, row.first + row.num_tokens) for row in rows])
     return hidden.index_select(0, async_tensor_h2d(index, device=hidden.device))
 
 
