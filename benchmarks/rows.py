@@ -221,7 +221,7 @@ def main() -> None:
                 linears = {name: size for name, size in linear_modules(str(model)).items() if name != "lm_head"}
                 bundle = write_bundle(work / "bundle", linears)
                 adapter = write_adapter(work / "one", linears, EXPERTS * RANK)
-                total, new, vocabulary = 16, 48, SHAPE["vocab_size"]
+                total, new, vocabulary = 16, 64, SHAPE["vocab_size"]
                 extra = {"load_format": "dummy", "skip_tokenizer_init": True}
             else:
                 model, bundle, adapter = SAMPLE / "base", SAMPLE / "blend", SAMPLE / "adapters" / "code"

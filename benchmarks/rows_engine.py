@@ -28,8 +28,10 @@ class Driver:
         self._left: set[str] = set()
         self._first: dict[str, float] = {}
         self._end: dict[str, float] = {}
+        self._made: dict[str, int] = {}
+        self._decoding: tuple[float, dict[str, int]] | None = None  # when the last first token came, and tokens by then
         self._done = asyncio.Event()
-        self._count = 0
+        self._count = self._count_now = 0
         self._pump = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -38,9 +40,12 @@ class Driver:
             for chunk in step:
                 if chunk.token_ids:
                     self._first.setdefault(chunk.request_id, now)
+                    self._made[chunk.request_id] = self._made.get(chunk.request_id, 0) + len(chunk.token_ids)
                 if chunk.finish_reason is not None:
                     self._end[chunk.request_id] = now
                     self._left.discard(chunk.request_id)
+            if self._decoding is None and len(self._first) == self._count_now:
+                self._decoding = now, dict(self._made)
             if not self._left:
                 self._done.set()
 
@@ -55,7 +60,8 @@ class Driver:
                 sampling = {"temperature": 0.0, "max_tokens": job["new"], "ignore_eos": True}
                 requests.append((kind, TokenRequest(f"rows-{self._count}", prompt, sampling, refs[kind])))
         draw.shuffle(requests)
-        self._first, self._end = {}, {}
+        self._first, self._end, self._made, self._decoding = {}, {}, {}, None
+        self._count_now = len(requests)
         self._left = {request.request_id for _, request in requests}
         self._done.clear()
         start = time.perf_counter()
@@ -67,10 +73,12 @@ class Driver:
             waiting.cancel()
             self._pump.result()
         found = {"all": len(requests) * job["new"] / (time.perf_counter() - start)}
+        assert self._decoding is not None
+        begun, made = self._decoding  # a row's speed is that of decoding, once no prompt is left
         for kind in job["kinds"]:
             ids = [request.request_id for each, request in requests if each == kind]
-            spans = [self._end[each] - self._first[each] for each in ids]
-            found[f"row {kind}"] = (job["new"] - 1) / statistics.median(spans)
+            rates = [(job["new"] - made[each]) / (self._end[each] - begun) for each in ids if self._end[each] > begun]
+            found[f"row {kind}"] = statistics.median(rates)
             found[f"first {kind}"] = 1e3 * statistics.median(self._first[each] - start for each in ids)
         return found
 

@@ -44,6 +44,8 @@ class SlotRows:
     rows: slice | torch.Tensor  # of the batch's token axis
     ranks: dict[str, int]  # HF module name -> rank; modules without LoRA are absent
     routing: SlotRouting | None  # None: a plain adapter
+    # On CPU: the adapter's weights by linear and slot, which a slot holds again whenever the adapter is in it.
+    weights: dict[tuple[int, int], Any] = field(default_factory=dict)
     gates: torch.Tensor | None = None  # [M, num_rows, R] when widened, else [M, num_rows, K]
     widened: bool = False
 
@@ -125,6 +127,14 @@ def ranks_of(manager: Any, model: Any) -> dict[str, int]:
     return ranks
 
 
+def weights_of(model: Any) -> dict[tuple[int, int], Any]:
+    """What a wrapper has made of a loaded adapter's weights; kept on the adapter itself."""
+    weights: dict[tuple[int, int], Any] | None = getattr(model, "xloom_weights", None)
+    if weights is None:
+        weights = model.xloom_weights = {}
+    return weights
+
+
 def rows_of(token_adapter_ids: np.ndarray[Any, Any], manager: Any) -> list[SlotRows]:
     """Group the batch's tokens by LoRA slot. `token_adapter_ids` is `[num_tokens]`, 0 for the base model."""
     found = []
@@ -137,5 +147,5 @@ def rows_of(token_adapter_ids: np.ndarray[Any, Any], manager: Any) -> list[SlotR
         model = manager._registered_adapters.cache[adapter_id]  # AdapterLRUCache; .cache leaves the order alone
         slot = manager.lora_index_to_id.index(adapter_id)
         routing: SlotRouting | None = getattr(model, "xloom_routing", None)
-        found.append(SlotRows(adapter_id, slot, rows, ranks_of(manager, model), routing))
+        found.append(SlotRows(adapter_id, slot, rows, ranks_of(manager, model), routing, weights_of(model)))
     return found

@@ -1,4 +1,4 @@
-"""LoRA on CPU, gated: rows grouped by slot and plain GEMMs, behind operators that torch.compile does not look into."""
+"""LoRA on CPU, gated: rows grouped by slot, plain products, in an operator that torch.compile does not look into."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, rows_of, slices_of
+from xloom.vllm.plugin.slot_weights import SlotSlice, slot_slices
 
 
 def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lora_b: list[torch.Tensor]) -> None:
@@ -23,34 +24,26 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
     """
     if not BATCH.rows:
         return
-    names = BATCH.linears[lora_a[0].data_ptr()]
+    address = lora_a[0].data_ptr()
     for entry in BATCH.rows:
-        _add_slot(y, x, lora_a, lora_b, names, entry)
+        slices = entry.weights.get((address, entry.slot))
+        if slices is None:
+            slices = slot_slices(lora_a, lora_b, entry.slot, BATCH.linears[address], entry.ranks)
+            entry.weights[address, entry.slot] = slices
+        if slices:
+            _add(y, x, slices, entry)
 
 
-def _add_slot(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: list[torch.Tensor],
-    lora_b: list[torch.Tensor],
-    names: list[str],
-    entry: SlotRows,
-) -> None:
-    in_place = isinstance(entry.rows, slice)
+def _add(y: torch.Tensor, x: torch.Tensor, slices: tuple[SlotSlice, ...], entry: SlotRows) -> None:
     rows = x[entry.rows]
     target = y[entry.rows]  # a view when the rows are a slice, else a copy
-    offset = 0
-    for a, b, name in zip(lora_a, lora_b, names, strict=True):
-        width = b.shape[2]
-        rank = entry.ranks.get(name, 0)
-        if rank:
-            shrunk = rows @ a[entry.slot, 0, :rank].t()
-            gate = entry.gate_of(name)
-            if gate is not None:
-                shrunk = (shrunk * gate).to(rows.dtype)
-            target[:, offset : offset + width].addmm_(shrunk, b[entry.slot, 0, :, :rank].t())
-        offset += width
-    if not in_place:
+    for part in slices:
+        shrunk = part.a.product(rows)
+        gate = entry.gate_of(part.name)
+        if gate is not None:
+            shrunk = (shrunk * gate).to(rows.dtype)
+        part.b.add_product(target[:, part.outputs], shrunk)
+    if not isinstance(entry.rows, slice):
         y[entry.rows] = target
 
 
