@@ -78,7 +78,8 @@ def test_figures_are_those_of_the_references_gates_on_the_same_tokens(
     assert 0 < entropy < math.log(len(expected))
     if variant in ("softmax", "one-gate-a-token"):
         assert sum(means.values()) == pytest.approx(1, abs=1e-4)
-    assert figures.steps == NEW_TOKENS  # one for the prompt, which makes the first
+    # The scaling sequence's step and the request's own, for the prompt and for each token that follows it.
+    assert figures.steps == 2 * NEW_TOKENS
     assert 0 < figures.scaling_seconds < figures.seconds
     assert 0 < figures.routing_seconds < figures.seconds - figures.scaling_seconds
 

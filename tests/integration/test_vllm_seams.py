@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 
 import vllm
-from vllm import ModelRegistry
-from vllm.forward_context import ForwardContext
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops.triton_ops import lora_shrink_op
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
@@ -15,42 +15,92 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.lora.worker_manager import WorkerLoRAManager
-from vllm.model_executor.layers.attention import attention
 from vllm.platforms import current_platform
-from vllm.plugins import load_general_plugins
 from vllm.utils import torch_utils
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.request import Request
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
-from xloom.vllm.plugin.figures import MixtureWorker
 
-from xloom.vllm.plugin import ARCHITECTURES, XLORA_PREFIX
+from xloom.vllm.plugin import activate
+from xloom.vllm.plugin.scheduler import AsyncMixtureScheduler, PairScheduling
+from xloom.vllm.plugin.worker import MixtureWorker
 
 
 def test_version_is_the_one_the_seams_were_read_in() -> None:
     assert vllm.__version__.startswith("0.32.")
 
 
-def test_the_plugin_is_loaded_and_names_its_wrapper_and_models() -> None:
-    load_general_plugins()
+def test_a_vllm_that_xloom_did_not_start_is_untouched() -> None:
+    # As a user's own engine has it, with xloom in the same environment.
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "import sys; from vllm.platforms import current_platform\n"
+        "print(current_platform.get_punica_wrapper(), any(name.startswith('xloom') for name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    wrapper, ours = done.stdout.strip().splitlines()[-1].split()
+    assert wrapper == "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+    assert ours == "False"
+
+
+def test_activated_it_names_our_wrapper() -> None:
+    activate()
     assert current_platform.get_punica_wrapper() == "xloom.vllm.plugin.punica_cpu.GatedPunicaCPU"
-    registered = ModelRegistry.get_supported_archs()
-    assert {XLORA_PREFIX + name for name in ARCHITECTURES} <= set(registered)
 
 
-def test_every_xlora_class_is_made_from_vllms_own() -> None:
-    from xloom.vllm.plugin import models
+def test_the_scheduler_asks_where_pairs_answer() -> None:
+    for name, method in vars(PairScheduling).items():
+        if not inspect.isfunction(method) or name.startswith("__") or hasattr(Scheduler, name):
+            continue
+        assert name in OUR_OWN, f"{name} overrides nothing of vLLM's scheduler any more"
+    schedule = inspect.getsource(Scheduler.schedule)
+    running, waiting = schedule.split("# Next, schedule the WAITING requests.")
+    for part in (running, waiting):  # the last word on a request's number of tokens, in both
+        assert "num_new_tokens = self._reserve_prefill_lookahead(" in part
+    assert "request_queue = self.kv_holding_waiting" in waiting
+    assert "if num_running >= self.max_num_active_reqs:" in waiting
+    assert "self._handle_blocked_waiting_request(request)" in waiting
+    assert "self._get_local_prefix_cache_hit(request)" in waiting
+    assert "self.record_prefix_cache_stats" not in schedule
+    assert "self.kv_cache_manager.record_prefix_cache_stats(" in schedule
+    assert "preempted_req_ids=self.reset_preempted_req_ids" in schedule
+    assert AsyncMixtureScheduler.__mro__[1] is PairScheduling
 
-    for name in ARCHITECTURES:
-        made = getattr(models, XLORA_PREFIX + name)
-        assert made.__mro__[1].__name__ == name
-        assert made.supports_lora
+
+OUR_OWN = {
+    "_withdraw", "_look_at_admitted", "_seat_beside", "_wake_parked", "_youngest_running", "_lacking_pages",
+    "_free_pages", "_loras_in_use", "_has_room", "_preempt_pair", "_finish_preemptions",
+}  # fmt: skip
 
 
-def test_attention_looks_its_layer_metadata_and_slots_up_by_name_in_the_forward_context() -> None:
-    source = inspect.getsource(attention.get_attention_context)
-    for part in ("no_compile_layers[layer_name]", "attn_metadata_raw[layer_name]", "slot_mapping.get(layer_name)"):
-        assert part in source
-    assert {"no_compile_layers", "attn_metadata", "slot_mapping"} <= set(ForwardContext.__dataclass_fields__)
+def test_requests_and_pages_are_as_pairs_take_them() -> None:
+    source = inspect.getsource(Request.__init__)
+    for name in ("_all_token_ids", "_output_token_ids", "num_output_placeholders", "num_stale_output_tokens",
+                 "num_computed_tokens", "skip_reading_prefix_cache", "_block_hasher"):  # fmt: skip
+        assert f"self.{name}" in source
+    assert inspect.signature(KVCacheManager.truncate_computed_blocks).parameters.keys() == {
+        "self", "blocks", "num_computed_tokens"
+    }  # fmt: skip
+    assert {"apply_admission_cap", "prefill_end", "num_tokens_main_model"} <= set(
+        inspect.signature(KVCacheCoordinator.get_num_blocks_to_allocate).parameters
+    )
+
+
+def test_the_v1_runner_drops_what_is_sampled_for_a_request_with_more_tokens() -> None:
+    source = inspect.getsource(GPUModelRunner._prepare_inputs)
+    assert "num_tokens = [self.requests[r].num_tokens for r in self.input_batch.req_ids]" in source
+    assert "self.discard_request_mask.np[:num_reqs]" in source
+    update = list(inspect.signature(GPUModelRunner._update_states).parameters)
+    assert update == ["self", "scheduler_output"]
+    assert "model_output = self._model_forward(" in inspect.getsource(GPUModelRunner.execute_model)
+    assert list(inspect.signature(LoRAModelRunnerMixin.load_lora_model).parameters)[:3] == [
+        "self", "model", "vllm_config"
+    ]  # fmt: skip
 
 
 def test_a_worker_method_of_ours_is_reached_through_the_engine_core() -> None:
