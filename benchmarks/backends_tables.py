@@ -64,8 +64,7 @@ def memory_table(figures: Sequence[Figures]) -> Table:
         "columns": ["backend", "peak memory (MiB)", "seconds to load"],
         "rows": [[each.name, f"{each.peak / MIB:,.0f}", f"{each.load_seconds:.2f}"] for each in figures],
         "notes": "Peak resident memory after all loads, summed over the backend's processes (pages they share count in "
-        "each), the measuring itself included. vLLM sets its KV pages aside at the start: 4096 pages of 16 tokens, and "
-        "twice that for X-LoRA's second pass.",
+        "each), the measuring itself included. vLLM sets its KV pages aside at the start: 4096 pages of 16 tokens.",
     }
 
 

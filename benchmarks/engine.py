@@ -202,7 +202,7 @@ def tables(
             "columns": columns,
             "rows": speed,
             "notes": f"Medians of {rounds} alternating rounds. "
-            "Two passes a step make 0.5 the limit where the model is all there is to do.",
+            "A mixture's token is two rows, in two steps: 0.5 is the limit where the model is all there is to do.",
         },
         {
             "title": "X-LoRA against PEFT's generate (tokens/s)",

@@ -104,7 +104,7 @@ class Kind:
     name: str
     text: str
     command: Callable[[dict[str, Any], Path, int], list[str]]
-    plugins: bool = False  # whether vLLM's plugins, xloom's among them, are loaded
+    plugins: bool = False  # whether vLLM's plugins are loaded, as xloom leaves it to its user
 
 
 KINDS = {

@@ -41,7 +41,8 @@ _NOW = Row("Now", (
     ),
     Stat(
         title="Scaling pass", unit="percentunit", steps=((0.6, "orange"),),
-        text="The first of the two passes, as a share of the time of steps with X-LoRA tokens. About half is normal.",
+        text="What scaling takes of the time of steps with X-LoRA tokens; with vLLM the scaling sequences' share of "
+        "the rows. About half is normal when all requests are for bundles, less beside others.",
         queries=(Query(_of_steps(table.XLORA_SCALING_SECONDS)),),
     ),
     Stat(
@@ -101,8 +102,8 @@ _MIXING = Row("Mixture", (
 _COST = Row("What routing costs", (
     Graph(
         title="Time of a step", unit="s", stacked=True,
-        text="Mean time in the model of a step with X-LoRA tokens: the pass that answers, the scaling pass before it, "
-        "and classifier and gates.",
+        text="Mean time in the model of a step with X-LoRA tokens: scaling, classifier and gates, and the rest, which "
+        "is the forward pass of all other rows.",
         queries=(
             Query(
                 f"{_a_step(table.XLORA_STEPS_SECONDS)} - {_a_step(table.XLORA_SCALING_SECONDS)}"
@@ -115,7 +116,7 @@ _COST = Row("What routing costs", (
     ),
     Graph(
         title="Scaling pass, by replica", unit="percentunit", highest=1.0,
-        text="Share of step time that the scaling pass takes.",
+        text="Share of step time that scaling takes.",
         queries=(Query(_of_steps(table.XLORA_SCALING_SECONDS, ("replica",)), "{{replica}}"),),
     ),
     Graph(

@@ -99,7 +99,7 @@ class MixtureFigures(msgspec.Struct, frozen=True):
     bundles: list[BundleFigures]
     steps: int  # engine steps with X-LoRA tokens
     seconds: float  # of those steps, in the model
-    scaling_seconds: float  # of them, in the scaling pass
+    scaling_seconds: float  # of them, in scaling
     routing_seconds: float  # of them, in classifier and gates
 
 

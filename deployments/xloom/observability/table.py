@@ -117,8 +117,8 @@ XLORA_STEPS_SECONDS = Metric(
     ("replica",),
 )  # fmt: skip
 XLORA_SCALING_SECONDS = Metric(
-    "xloom_xlora_scaling_pass_seconds_total", "counter", "replica", "The part of it that the scaling pass took",
-    ("replica",),
+    "xloom_xlora_scaling_pass_seconds_total", "counter", "replica",
+    "The part of it that scaling took; with vLLM the scaling sequences' share of each step's rows", ("replica",),
 )  # fmt: skip
 XLORA_ROUTING_SECONDS = Metric(
     "xloom_xlora_routing_seconds_total", "counter", "replica",

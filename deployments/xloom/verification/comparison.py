@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-FACTOR = 4.0  # the mean over some hundred tokens varies by a third; a mixture rounds in two passes
+FACTOR = 4.0  # the mean over some hundred tokens varies by a third; a mixture rounds in its gates too
 FLOOR = 1e-5  # nats: float32's own, should a base of few, certain answers come out at 0
 TYPICAL = {"float32": FLOOR, "float16": 0.0008, "bfloat16": 0.0055}  # nats, mean |difference|
 BASE_LIMIT = {"float32": 0.002, "float16": 0.02, "bfloat16": 0.1}  # nats; beyond it, it is another model
