@@ -19,6 +19,7 @@ from xloom.mixtures.modules import linear_modules
 HIDDEN = 64
 VOCAB = 288
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral")
+MORE_ARCHITECTURES = ("gemma", "phi", "olmo2", "granite", "cohere", "starcoder2")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -42,10 +43,21 @@ PHI3_ADAPTERS: tuple[dict[str, Any], ...] = (
     {"rank": 6, "alpha": 9, "targets": ("o_proj", "gate_up_proj")},
 )
 
+# The names of the default mixture's targets where an architecture has others.
+OWN_NAMES: dict[str, dict[str, str]] = {
+    "phi": {"o_proj": "dense", "gate_proj": "", "up_proj": "fc1", "down_proj": "fc2"},
+    "starcoder2": {"gate_proj": "", "up_proj": "c_fc", "down_proj": "c_proj"},
+}
+
 
 def adapters_for(architecture: str) -> tuple[dict[str, Any], ...]:
     """The default mixture in the architecture's own module names."""
-    return {"phi3": PHI3_ADAPTERS, "mixtral": ATTENTION_ADAPTERS}.get(architecture, ADAPTERS)
+    found = {"phi3": PHI3_ADAPTERS, "mixtral": ATTENTION_ADAPTERS}.get(architecture, ADAPTERS)
+    names = OWN_NAMES.get(architecture, {})
+    return tuple(
+        each | {"targets": tuple(name for target in each["targets"] if (name := names.get(target, target)))}
+        for each in found
+    )
 
 
 def tiny_tokenizer(folder: Path) -> None:
@@ -72,7 +84,7 @@ def tiny_model(
     num_layers: int = 2,
     tied: bool = False,
 ) -> Path:
-    """Write a random model of one of `ARCHITECTURES` with its tokenizer; its greedy tokens are varied."""
+    """Write a random model, with its tokenizer, of one of the architectures named; its greedy tokens are varied."""
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
@@ -96,7 +108,7 @@ def tiny_model(
         "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     }
     kind = {"gemma3": "gemma3_text"}.get(architecture, architecture)
-    if architecture in ("phi3", "qwen2"):  # their head size is always hidden / heads
+    if architecture in ("phi3", "qwen2", "phi", "olmo2", "granite", "cohere", "starcoder2"):  # always hidden / heads
         common |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = AutoConfig.for_model(kind, **common, **special.get(architecture, {}))
     torch.manual_seed(seed)
@@ -244,7 +256,10 @@ def tiny_bundle(
 
 def load_model(folder: Path) -> PreTrainedModel:
     """The model in float32, without its KV cache."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = {}
+    if AutoConfig.from_pretrained(folder).model_type == "gemma2":  # transformers' sdpa leaves its softcap out
+        options = {"attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     model.config.use_cache = False
     model.generation_config.use_cache = False
     model.eval()

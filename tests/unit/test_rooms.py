@@ -120,6 +120,20 @@ def modules_at_import(name: str, seen: set[str]) -> set[str]:
     return seen
 
 
+def test_a_driver_that_deploys_loads_neither_torch_nor_vllm() -> None:
+    # What `build` in app.py imports: the actors' classes, and the front end that the router is handed.
+    modules: set[str] = set()
+    for name in ("xloom.app", "xloom.start", "xloom.replica.actor", "xloom.router.deployment", "xloom.vllm.front_end"):
+        modules_at_import(name, modules)
+    assert len(modules) > 20
+    for name in modules:
+        base = PACKAGE.joinpath(*name.split(".")[1:])
+        file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        assert not {each.split(".")[0] for each in imports(file, at_import=True)} & {"torch", "vllm", "transformers"}, (
+            name
+        )
+
+
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_no_module_imports_itself_in_a_circle(file: Path) -> None:
     name = module_of(file)

@@ -23,7 +23,6 @@ from xloom.replica.mixture import MixtureMeter
 from xloom.replica.reconcile import Reconciler
 from xloom.replica.server import ReplicaServer
 from xloom.settings import Settings
-from xloom.verification.admission import Admission
 
 if TYPE_CHECKING:
     from xloom.adapters.client import StoreClient
@@ -69,6 +68,8 @@ class EngineReplica:
         self._reconciler.on_change = self._server.report
         self._server.on_report = EngineFigures(RECORDER, self._replica_id).take
         self._server.begin()  # what is verified asks the engine
+        from xloom.verification.admission import Admission  # it loads torch, which a driver has no use for
+
         self._reconciler.admit = Admission(self._backend, self._server.own.ask, settings).admit
         await self._reconciler.start(FIRST_ADAPTERS_S)
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
