@@ -139,27 +139,39 @@ class Engine:
         self._process.wait(60)
 
 
+Found = dict[str, dict[str, dict[str, list[float]]]]  # engine -> case -> figure -> one value a round
+
+
 def measure(
-    engines: list[Engine], cases: dict[str, dict[str, int]], rounds: int, *, prompt: int, new: int, label: str
-) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Engine -> case -> figure -> one value a round."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {engine.name: {} for engine in engines}
+    engines: list[Engine],
+    base: dict[str, int],
+    cases: dict[str, dict[str, int]],
+    rounds: int,
+    *,
+    prompt: int,
+    new: int,
+    label: str,
+) -> Found:
+    """Each case right after the base model alone, whose figures are kept beside it as `base: FIGURE`."""
+    found: Found = {engine.name: {} for engine in engines}
     for turn in track(range(-1, rounds), label, console=console):
         for case, kinds in cases.items():
             for engine in engines if turn % 2 else reversed(engines):
+                alone = engine.run(kinds=base, prompt=prompt, new=new if turn >= 0 else 8, seed=turn)
+                answer = engine.run(kinds=kinds, prompt=prompt, new=new if turn >= 0 else 8, seed=turn)
                 if turn < 0:
-                    engine.run(kinds=kinds, prompt=prompt, new=8, seed=turn)
                     continue
-                answer = engine.run(kinds=kinds, prompt=prompt, new=new, seed=turn)
+                figures = found[engine.name].setdefault(case, {})
                 for figure, value in answer.items():
-                    found[engine.name].setdefault(case, {}).setdefault(figure, []).append(value)
+                    figures.setdefault(figure, []).append(value)
+                for figure, value in alone.items():
+                    figures.setdefault(f"base: {figure}", []).append(value)
     return found
 
 
 def beside(total: int) -> dict[str, dict[str, int]]:
     """The cases: each kind alone, and base rows beside 1 and 4 of the mixture."""
     return {
-        "base": {"base": total},
         "adapter": {"adapter": total},
         "mixture": {"mixture": total},
         "base beside 1": {"base": total - 1, "mixture": 1},
@@ -167,36 +179,35 @@ def beside(total: int) -> dict[str, dict[str, int]]:
     }
 
 
-def table(title: str, found: dict[str, dict[str, dict[str, list[float]]]], rounds: int) -> dict[str, Any]:
-    """A row a case: tokens/s, and against the base model alone in the same engine."""
-
-    def median(name: str, case: str, figure: str) -> float:
-        return statistics.median(found[name][case][figure])
-
-    def ratio(name: str, case: str, figure: str, against: str) -> float:
-        """The median over rounds, each a ratio of its own."""
-        pairs = zip(found[name][case][figure], found[name]["base"][against], strict=True)
-        return statistics.median(one / other for one, other in pairs)
-
+def table(title: str, found: Found, rounds: int) -> dict[str, Any]:
+    """A row a case: tokens/s, and against the base model alone in the same engine just before."""
     rows = []
     for name, cases in found.items():
-        for case in cases:
+        for case, figures in cases.items():
             kind = "base" if case.startswith("base") else case
+
+            def ratio(figure: str, against: str, of: dict[str, list[float]] = figures) -> str:
+                pairs = zip(of[figure], of[f"base: {against}"], strict=True)
+                return f"{statistics.median(one / other for one, other in pairs):.2f}"
+
             rows.append(
                 [
                     name,
                     case,
-                    round(median(name, case, "all")),
-                    f"{ratio(name, case, 'all', 'all'):.2f}",
-                    f"{ratio(name, case, f'row {kind}', 'row base'):.2f}",
-                    round(median(name, case, f"first {kind}")),
-                    f"{ratio(name, case, f'first {kind}', 'first base'):.2f}",
+                    round(statistics.median(figures["base: all"])),
+                    round(statistics.median(figures["all"])),
+                    ratio("all", "all"),
+                    ratio(f"row {kind}", "row base"),
+                    round(statistics.median(figures[f"first {kind}"])),
+                    ratio(f"first {kind}", "first base"),
                 ]
             )
     columns = [
-        "version", "case", "tokens/s", "÷ base", "a row's tokens/s ÷ base", "first token (ms)", "÷ base",
+        "version", "case", "base alone, tokens/s", "tokens/s", "÷ base", "a row's decoding ÷ base",
+        "first token (ms)", "÷ base",
     ]  # fmt: skip
-    return {"title": title, "columns": columns, "rows": rows, "notes": f"Medians of {rounds} rounds, engines in turn."}
+    notes = f"Medians of {rounds} rounds, engines in turn, each case right after the base model alone."
+    return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
 def main() -> None:
@@ -237,7 +248,9 @@ def main() -> None:
             }  # fmt: skip
             engines = [Engine(name, package, options) for name, package in packages.items()]
             try:
-                found = measure(engines, beside(total), arguments.rounds, prompt=128, new=new, label=which)
+                found = measure(
+                    engines, {"base": total}, beside(total), arguments.rounds, prompt=128, new=new, label=which
+                )
             finally:
                 for engine in engines:
                     engine.close()

@@ -50,9 +50,21 @@ class Catalog:
             entry = self._manifest.get(name)
             return entry is None if generation is None else entry is not None and entry.generation == generation
 
+        await self._until(there, timeout_s)
+
+    async def lose(self, name: str, generation: str, timeout_s: float) -> None:
+        """Wait until the copy has no entry at this generation; it may have another again."""
+
+        def gone() -> bool:
+            entry = self._manifest.get(name)
+            return entry is None or entry.generation != generation
+
+        await self._until(gone, timeout_s)
+
+    async def _until(self, holds: Callable[[], bool], timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(there)
+                await self._changed.wait_for(holds)
 
     async def close(self) -> None:
         """Stop following."""

@@ -93,6 +93,7 @@ class Control:
         except XloomError as error:
             if error.code in ("adapter_load_failed", NOT_VERIFIED) and entry.key not in had:
                 await self.store.revert(entry.name, entry.generation)  # it never served: all is as it was
+                await self.catalog.lose(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
             raise
         await self.catalog.catch_up(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
         return entry
