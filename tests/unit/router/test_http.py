@@ -58,13 +58,19 @@ class Catalog:
 
     def __init__(self, *entries: Entry) -> None:
         self.entries = entries
+        self.lost: list[tuple[str, str]] = []
+
+    async def lose(self, name: str, generation: str, timeout_s: float) -> None:
+        self.lost.append((name, generation))
 
 
 async def refused(store: Store, *served: Entry) -> list[tuple[str, str]]:
-    control = Control("base", 64, cast(Any, None), cast(Any, Catalog(*served)), store)
+    catalog = Catalog(*served)
+    control = Control("base", 64, cast(Any, None), cast(Any, catalog), store)
     with pytest.raises(XloomError) as caught:
         await control.add(LoadAdapter(lora_name="code", lora_path="./new", load_inplace=True))
     assert caught.value.code == store.refusal
+    assert catalog.lost == store.reverted  # and its name is gone by the time of the answer
     return store.reverted
 
 
