@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from xloom.vllm.plugin.pairs import is_scaling, mixture_id
-from xloom.vllm.plugin.step import MixtureStep, Row, rows_in_order
+from xloom.vllm.plugin.step import MixtureStep, Row, kept_on, rows_in_order
 
 
 class _ScalingState(CachedRequestState):
@@ -108,10 +108,7 @@ class _Mixtures:
 
 
 def _mixtures_of(runner: Any) -> _Mixtures | None:
-    found: _Mixtures | None = getattr(runner, "_xloom_mixtures", None)
-    if found is None and hasattr(runner, "lora_manager"):
-        found = runner._xloom_mixtures = _Mixtures(runner)
-    return found
+    return kept_on(runner, _Mixtures)
 
 
 def patch() -> type:

@@ -16,7 +16,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from xloom.vllm.plugin.pairs import is_scaling, scaling_id
-from xloom.vllm.plugin.step import MixtureStep, Row, rows_in_order
+from xloom.vllm.plugin.step import MixtureStep, Row, kept_on, rows_in_order
 
 
 class _Mixtures:
@@ -29,10 +29,7 @@ class _Mixtures:
 
 
 def _mixtures_of(runner: Any) -> _Mixtures | None:
-    found: _Mixtures | None = getattr(runner, "_xloom_mixtures", None)
-    if found is None and hasattr(runner, "lora_manager"):
-        found = runner._xloom_mixtures = _Mixtures(runner)
-    return found
+    return kept_on(runner, _Mixtures)
 
 
 def patch() -> type:

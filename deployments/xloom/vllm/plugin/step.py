@@ -5,8 +5,8 @@ Both of vLLM's runners call this: `runner_v1.py` and `runner_v2.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from xloom.vllm.plugin.gate_store import GateStore, Span
 from xloom.vllm.plugin.gates import BATCH, SlotRouting
 from xloom.vllm.plugin.pairs import BUNDLE_ARG, is_scaling, mixture_id, scaling_id
 from xloom.vllm.plugin.rank_tally import tally_of_this_rank
+
+Kept = TypeVar("Kept")
 
 
 class Row(NamedTuple):
@@ -142,6 +144,14 @@ def _picked(hidden: Tensor, rows: Sequence[Row]) -> Tensor:
         return hidden[first:last]
     index = np.concatenate([np.arange(row.first, row.first + row.num_tokens) for row in rows])
     return hidden.index_select(0, async_tensor_h2d(index, device=hidden.device))
+
+
+def kept_on(runner: Any, kind: Callable[[Any], Kept]) -> Kept | None:
+    """What a model runner keeps for mixtures, made when first asked for; None of one without LoRA."""
+    found: Kept | None = getattr(runner, "_xloom_mixtures", None)
+    if found is None and hasattr(runner, "lora_manager"):
+        found = runner._xloom_mixtures = kind(runner)
+    return found
 
 
 def rows_in_order(requests: Iterable[tuple[str, int, int, int]]) -> list[Row]:
