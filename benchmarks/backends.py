@@ -215,8 +215,7 @@ def worker_options(model: Path | None, sample: Path, folder: Path) -> list[str]:
     base, prepared = sample / "base", folder / "blend"
     hidden = json.loads((base / "config.json").read_text())["hidden_size"]
     made = prepare_bundle(
-        sample / "blend", linear_modules(str(base)), prepared, hidden_size=hidden, top_k=None, temperature=None,
-        mixing_mode=None, max_rank=256,
+        sample / "blend", linear_modules(str(base)), prepared, hidden_size=hidden, max_rank=256,
     )  # fmt: skip
     return ["--model", str(base), "--prepared", str(prepared), "--rank", str(made.rank)]
 

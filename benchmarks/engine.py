@@ -236,7 +236,7 @@ def main() -> None:
         hidden = json.loads((sample / "base" / "config.json").read_text())["hidden_size"]
         modules = linear_modules(str(sample / "base"))
         made = prepare_bundle(
-            sample / "blend", modules, prepared, hidden_size=hidden, top_k=None, temperature=None, mixing_mode=None,
+            sample / "blend", modules, prepared, hidden_size=hidden,
             max_rank=256,
         )  # fmt: skip
         routing = measure_routing(prepared)

@@ -96,7 +96,7 @@ def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> dict[str, t
     linears = linear_modules(str(model))
     hidden = json.loads((model / "config.json").read_text())["hidden_size"]
     prepare_bundle(
-        bundle, linears, out / "blend", hidden_size=hidden, top_k=None, temperature=None, mixing_mode=None,
+        bundle, linears, out / "blend", hidden_size=hidden,
         max_rank=256, root=bundle.parent,
     )  # fmt: skip
     prepare_lora(adapter, linears, out / "adapter", max_rank=256)

@@ -7,10 +7,11 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from xloom.adapters.manifest import Entry, Overrides
+from xloom.adapters.manifest import Entry
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
 from xloom.observability.logs import serve_logging
+from xloom.protocol import Overrides
 from xloom.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
     for adapter in settings.adapters:
         await store.add(adapter.name, adapter.source, "lora", replace=True, verify=adapter.verify)
     for bundle in settings.xlora:
-        overrides = Overrides(bundle.top_k, bundle.temperature, bundle.mixing_mode)
+        overrides = Overrides.of(bundle)
         await store.add(bundle.name, bundle.source, "xlora", overrides, replace=True, verify=bundle.verify)
     return store, await store.entries()
 

@@ -120,6 +120,10 @@ def _add_adapters(commands: Any) -> None:
     adding.add_argument("--top-k", type=int, help="X-LoRA: keep the K largest gates of each token")
     adding.add_argument("--temperature", type=float, help="X-LoRA: of the gates' softmax")
     adding.add_argument("--mixing-mode", choices=("additive", "concatenate", "gated"), help="X-LoRA: how to mix")
+    adding.add_argument(
+        "--routing-passes", type=int, choices=(1, 2), help="X-LoRA: 1 is another model at half the price"
+    )
+    adding.add_argument("--prefill", choices=("exact", "lagged"), help="X-LoRA in one pass: how the prompt is routed")
     adding.add_argument("--verify", action="store_true", help="each replica proves it before serving it")
     adding.add_argument("--replace", action="store_true", help="take the place of one of the same name")
     _endpoint_options(adding)
@@ -222,6 +226,8 @@ def _run_add(arguments: argparse.Namespace, console: Console) -> int:
         "top_k": arguments.top_k,
         "temperature": arguments.temperature,
         "mixing_mode": arguments.mixing_mode,
+        "routing_passes": arguments.routing_passes,
+        "prefill": arguments.prefill,
         "load_inplace": arguments.replace or None,
         "verify": arguments.verify or None,
     }

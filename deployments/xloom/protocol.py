@@ -33,6 +33,24 @@ class AdapterRef(msgspec.Struct, frozen=True):
     kind: str  # "lora" or "xlora"
 
 
+class Overrides(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a deployment sets over a bundle's own routing (`mixtures.options`); None leaves the bundle's."""
+
+    top_k: int | None = None
+    temperature: float | None = None
+    mixing_mode: str | None = None
+    routing_passes: int | None = None
+    prefill: str | None = None
+
+    @classmethod
+    def of(cls, source: object) -> Overrides:
+        """Those of an object with attributes of the same names: settings, or a request's body."""
+        return cls(**{name: getattr(source, name) for name in cls.__struct_fields__})
+
+
+NO_OVERRIDES = Overrides()
+
+
 class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One generation request, in tokens."""
 
@@ -46,6 +64,7 @@ class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     client_id: str = ""  # the X-Request-Id of the HTTP request it belongs to
     trace: dict[str, str] = {}  # the trace it belongs to: traceparent, tracestate
     extra: dict[str, Any] = {}  # engine-specific fields, passed through
+    num_client_tokens: int | None = None  # of the prompt; those after them another replica has generated. None: all
 
 
 class Logprobs(msgspec.Struct, array_like=True, omit_defaults=True):

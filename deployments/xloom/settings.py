@@ -82,6 +82,8 @@ class XLoraSettings(AdapterSettings):
     top_k: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, gt=0)
     mixing_mode: MixingMode | None = None  # None: the bundle's own, else additive
+    routing_passes: Literal[1, 2] | None = None  # 1: another model at half the price: docs/x-lora.md; None: 2
+    prefill: Literal["exact", "lagged"] | None = None  # of one pass; None: exact
 
 
 class ReplicaSettings(_Section):

@@ -153,8 +153,7 @@ def prepared_bundle(model: Path, folder: Path) -> Path:
     """The prepared folder of a bundle, written beside it."""
     prepared = folder.with_name(f"{folder.name}-prepared")
     prepare_bundle(
-        folder, linear_modules(str(model)), prepared, hidden_size=HIDDEN, top_k=None, temperature=None,
-        mixing_mode=None, max_rank=256,
+        folder, linear_modules(str(model)), prepared, hidden_size=HIDDEN, max_rank=256,
     )  # fmt: skip
     return prepared
 

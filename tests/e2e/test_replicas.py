@@ -22,11 +22,11 @@ from .weights import Weights, settings_for
 pytestmark = [pytest.mark.slow]
 
 PROMPT = list(range(30, 70))
-KINDS = ["blend", "base", "alpha"]
+KINDS = ["blend", "base", "alpha", "single"]
 SCALE_UP_S = 240.0  # an engine's start on a busy machine
 SCALE_DOWN_S = 90.0
 WORKERS = 12
-STREAMS = 6
+STREAMS = 8
 LONG = 800  # tokens
 
 
@@ -35,6 +35,10 @@ def server(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """One replica that may become two; a queue of more than one request asks for the second."""
     settings = settings_for(
         weights,
+        xlora=[
+            {"name": "blend", "source": str(weights.bundle)},
+            {"name": "single", "source": str(weights.bundle), "routing_passes": 1},
+        ],
         engine={"max_num_seqs": 4},
         replicas={
             "min": 1,

@@ -45,8 +45,7 @@ def served(architecture: str, folder: Path) -> dict[str, Any]:
     model = tiny_model(folder / "model", architecture, tied=architecture in TIED)
     bundle = tiny_bundle(folder / "bundle", model, adapters=adapters_for(architecture), seed=3, depth=2, top_k=2)
     prepare_bundle(
-        bundle, linear_modules(str(model)), folder / "blend", hidden_size=HIDDEN, max_rank=256, top_k=None,
-        temperature=None, mixing_mode=None,
+        bundle, linear_modules(str(model)), folder / "blend", hidden_size=HIDDEN, max_rank=256,
     )  # fmt: skip
     oracle = asked(model, bundle)  # before vLLM, whose Transformers backend changes the models' classes
     settings = EngineSettings(

@@ -12,7 +12,7 @@ from typing import Any
 
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
-from xloom.protocol import AdapterRef, TokenRequest
+from xloom.protocol import AdapterRef, Overrides, TokenRequest
 from xloom.settings import EngineSettings, ModelSettings
 from xloom.vllm.engine.backend import VLLMBackend
 
@@ -67,8 +67,8 @@ class Engine:
 
     def bundle(self, name: str, folder: Path, prepared: Path, **overrides: Any) -> AdapterRef:
         """Prepare an X-LoRA bundle and load it."""
-        options = {"top_k": None, "temperature": None, "mixing_mode": None} | overrides
-        prepare_bundle(folder, linear_modules(str(self.model)), prepared, hidden_size=HIDDEN, max_rank=256, **options)
+        linears, wanted = linear_modules(str(self.model)), Overrides(**overrides)
+        prepare_bundle(folder, linears, prepared, hidden_size=HIDDEN, max_rank=256, overrides=wanted)
         return self._add(AdapterRef(name, "test", "xlora"), prepared)
 
     def adapter(self, name: str, folder: Path, prepared: Path) -> AdapterRef:

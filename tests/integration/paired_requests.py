@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,10 @@ from tests.models import (
 )
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
+from xloom.mixtures.reference import Reference
+from xloom.protocol import Overrides
 from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
+from xloom.vllm.plugin.pairs import PROMPT_ARG
 
 activate()
 
@@ -135,10 +139,16 @@ class Served:
         adapter = tiny_adapter(root / "adapter", model, seed=9, **ADAPTERS[0])
         self.oracles: dict[str, Any] = {"base": load_model(model), "adapter": peft_lora(model, adapter)}
         self.requests: dict[str, LoRARequest | None] = {"base": None}
+        single = {"one": Overrides(routing_passes=1), "lagged": Overrides(routing_passes=1, prefill="lagged")}
+        for number, (name, overrides) in enumerate(single.items()):
+            prepare_bundle(
+                folders[number], linears, root / name, hidden_size=HIDDEN, max_rank=256, overrides=overrides
+            )  # fmt: skip
+            self.oracles[name] = Reference.load(self.oracles["base"], root / name)
+            self.requests[name] = LoRARequest(f"{name}@1", 90 + number, str(root / name))
         for number, folder in enumerate(folders):
             prepare_bundle(
-                folder, linears, root / f"p{number}", hidden_size=HIDDEN, max_rank=256, top_k=None, temperature=None,
-                mixing_mode=None,
+                folder, linears, root / f"p{number}", hidden_size=HIDDEN, max_rank=256,
             )  # fmt: skip
             self.oracles[f"blend{number}"] = peft_xlora(model, folder)
             self.requests[f"blend{number}"] = LoRARequest(f"blend{number}@1", 77 + number, str(root / f"p{number}"))
@@ -174,12 +184,30 @@ class Served:
         self.scheduler = self.core.scheduler
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
 
+    def greedy(self, kind: str, prompt: list[int], n: int) -> list[int]:
+        """What a request ought to be answered."""
+        oracle = self.oracles[kind]
+        return oracle.greedy(prompt, n) if isinstance(oracle, Reference) else peft_greedy(oracle, prompt, n)
 
-def ask(served: Served, draw: random.Random, heads: list[list[int]]) -> tuple[str, list[int], dict[str, Any]]:
-    """One random request: what it is for, its prompt, its sampling."""
-    kind = draw.choice(["base", "blend0", "blend0", "blend1", "adapter"])
+
+@dataclass
+class Asked:
+    """A request, and how much of its prompt is an answer that broke off elsewhere."""
+
+    kind: str
+    prompt: list[int]
+    sampling: dict[str, Any]
+    answered: int = 0
+
+
+def ask(served: Served, draw: random.Random, heads: list[list[int]], dialogues: list[tuple[str, list[int]]]) -> Asked:
+    """One random request; some go on with a dialogue, whose answer then is prompt."""
+    kind = draw.choice(["base", "blend0", "blend0", "blend1", "adapter", "one", "one", "lagged"])
     head = draw.choice([*heads, [], [], []])
     prompt = head[: draw.choice([33, 64, 70])] + [draw.randrange(5, 250) for _ in range(draw.randrange(1, 24))]
+    if dialogues and draw.random() < 0.3:
+        kind, said = draw.choice(dialogues)
+        prompt = [*said, *prompt[-3:]]
     sampling: dict[str, Any] = {
         "temperature": 0, "max_tokens": draw.randrange(1, 30), "ignore_eos": True, "detokenize": False,
     }  # fmt: skip
@@ -191,7 +219,12 @@ def ask(served: Served, draw: random.Random, heads: list[list[int]]) -> tuple[st
         sampling["frequency_penalty"] = 1e-6
     if draw.random() < 0.1 and OPTIONS.runner == "v1":
         sampling["seed"] = 7  # greedy all the same: what a seeded generator goes through is what is tested
-    return kind, prompt, sampling
+    asked = Asked(kind, prompt, sampling)
+    if kind in ("one", "lagged") and draw.random() < 0.3:
+        asked.answered = draw.randrange(1, 8)
+        asked.prompt = prompt + served.greedy(kind, prompt, asked.answered)
+        sampling["extra_args"] = {PROMPT_ARG: len(prompt)}
+    return asked
 
 
 def main() -> None:
@@ -206,19 +239,20 @@ def main() -> None:
         draw = random.Random(OPTIONS.seed)
         heads = [[draw.randrange(5, 250) for _ in range(70)] for _ in range(3)]
         todo, live, aborted, steps, idle, overfull = OPTIONS.requests, set[str](), 0, 0, 0, 0
-        asked: dict[str, tuple[str, list[int], dict[str, Any]]] = {}
+        asked: dict[str, Asked] = {}
         answers: dict[str, list[int]] = {}
+        dialogues: list[tuple[str, list[int]]] = []
         cached = 0
         begun = time.monotonic()
         while todo or live:
             while todo and len(live) < 12 and draw.random() < 0.7:
                 todo -= 1
                 name = f"r{todo}"
-                asked[name] = kind, prompt, sampling = ask(served, draw, heads)
+                it = asked[name] = ask(served, draw, heads, dialogues)
                 priority = draw.randrange(3) if OPTIONS.policy == "priority" else 0
                 served.engine.add_request(
-                    name, {"prompt_token_ids": prompt}, SamplingParams(**sampling), lora_request=served.requests[kind],
-                    priority=priority,
+                    name, {"prompt_token_ids": it.prompt}, SamplingParams(**it.sampling),
+                    lora_request=served.requests[it.kind], priority=priority,
                 )  # fmt: skip
                 live.add(name)
             if live and draw.random() < 0.03 and not OPTIONS.plain:
@@ -233,6 +267,10 @@ def main() -> None:
                 if output.finished and output.request_id in live:
                     live.discard(output.request_id)
                     answers[output.request_id] = list(output.outputs[0].token_ids)
+                    it = asked[output.request_id]
+                    said = [*it.prompt, *answers[output.request_id]]
+                    if len(said) < 90 and it.kind not in ("base", "adapter"):
+                        dialogues.append((it.kind, said))
                     cached += output.num_cached_tokens or 0
             running, _ = served.scheduler.get_request_counts()
             overfull += running > OPTIONS.seqs
@@ -243,12 +281,13 @@ def main() -> None:
             served.engine.step()
         wrong = []
         for name, got in answers.items():
-            kind, prompt, sampling = asked[name]
-            want = peft_greedy(served.oracles[kind], prompt, sampling["max_tokens"])
-            ends = [place for place, token in enumerate(want) if token in sampling.get("stop_token_ids", ())]
+            it = asked[name]
+            sent = it.prompt[: len(it.prompt) - it.answered]
+            want = served.greedy(it.kind, sent, it.answered + it.sampling["max_tokens"])[it.answered :]
+            ends = [place for place, token in enumerate(want) if token in it.sampling.get("stop_token_ids", ())]
             want = want[: ends[0] + 1] if ends else want
             if got != want:
-                wrong.append([name, kind, len(prompt), got, want])
+                wrong.append([name, it.kind, len(it.prompt), it.answered, got, want])
         scheduler, runner = served.scheduler, served.runner
         pool = scheduler.kv_cache_manager.block_pool
         states = runner.requests if OPTIONS.runner == "v1" else runner.req_states.req_id_to_index
@@ -273,7 +312,7 @@ def main() -> None:
                 "waiting": len(scheduler.waiting) + len(scheduler.kv_holding_waiting),
                 "pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
                 "gates": len(mixtures.step.store),
-                "bundles": len(mixtures.step._bundles),
+                "bundles": len(mixtures.step._bundles) + len(mixtures.step._single),
                 "states": len(states),
             },
         }

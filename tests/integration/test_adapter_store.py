@@ -17,9 +17,9 @@ import ray
 from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
 from xloom.adapters.cache import NodeCache
 from xloom.adapters.client import StoreClient, open_store
-from xloom.adapters.manifest import Overrides, generation_of
+from xloom.adapters.manifest import generation_of
 from xloom.adapters.residency import Refusal
-from xloom.protocol import XloomError
+from xloom.protocol import Overrides, XloomError
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -18,18 +18,9 @@ import msgspec
 
 from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
-from xloom.adapters.manifest import (
-    NO_OVERRIDES,
-    Entry,
-    Manifest,
-    ManifestFile,
-    Overrides,
-    generation_of,
-    read_files,
-    sync_folder,
-)
+from xloom.adapters.manifest import Entry, Manifest, ManifestFile, generation_of, read_files, sync_folder
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
-from xloom.protocol import XloomError
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 
 if TYPE_CHECKING:
     from xloom.mixtures.prepare import Prepared
@@ -159,10 +150,8 @@ class AdapterCatalog:
             base.modules,
             out,
             hidden_size=base.hidden_size,
-            top_k=overrides.top_k,
-            temperature=overrides.temperature,
-            mixing_mode=overrides.mixing_mode,
             max_rank=self._max_rank,
+            overrides=overrides,
             root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
         )
 

@@ -13,10 +13,10 @@ from typing import Any, cast
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from xloom.adapters.manifest import NO_OVERRIDES, Entry, Manifest, Overrides
+from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import Refusal, ReplicaReport
 from xloom.adapters.store import AdapterStore
-from xloom.protocol import XloomError
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.settings import LogSettings
 
 ACTOR_NAME = "xloom-adapter-store"

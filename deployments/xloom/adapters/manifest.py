@@ -10,20 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from xloom.protocol import AdapterRef, XloomError
+from xloom.protocol import NO_OVERRIDES, AdapterRef, Overrides, XloomError
 
 logger = logging.getLogger(__name__)
-
-
-class Overrides(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the deployment sets over a bundle's own routing; None leaves the bundle's."""
-
-    top_k: int | None = None
-    temperature: float | None = None
-    mixing_mode: str | None = None
-
-
-NO_OVERRIDES = Overrides()
 
 
 class Entry(msgspec.Struct, frozen=True):

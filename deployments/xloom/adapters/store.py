@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import ray
 
 from xloom.adapters.catalog import AdapterCatalog
-from xloom.adapters.manifest import NO_OVERRIDES, Entry, Manifest, Overrides
+from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, Refusal, ReplicaReport, Residency
 from xloom.observability import table
 from xloom.observability.logs import configure
 from xloom.observability.recorder import RECORDER
-from xloom.protocol import XloomError
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 
 if TYPE_CHECKING:
     from ray import ObjectRef

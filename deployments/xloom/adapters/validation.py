@@ -9,8 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
-from xloom.adapters.manifest import Overrides
-from xloom.protocol import XloomError
+from xloom.protocol import Overrides, XloomError
 from xloom.settings import NAME_PATTERN
 
 # xloom.mixtures and transformers are imported where they are used: a store that only hands out needs no torch.
@@ -76,6 +75,6 @@ def check_overrides(kind: str, overrides: Overrides) -> None:
     if kind == "lora" and overrides != Overrides():
         raise XloomError(
             "invalid_override",
-            "top_k, temperature and mixing_mode are for X-LoRA bundles; this is a LoRA adapter.",
+            f"{', '.join(Overrides.__struct_fields__)} are for X-LoRA bundles; this is a LoRA adapter.",
             "Leave them out.",
         )

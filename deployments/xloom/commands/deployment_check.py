@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from xloom.adapters.catalog import AdapterCatalog
-from xloom.adapters.manifest import Overrides
 from xloom.app import lora_rank
 from xloom.engines.base import LLMBackend
 from xloom.engines.registry import backend_for
-from xloom.protocol import XloomError
+from xloom.protocol import Overrides, XloomError
 from xloom.settings import Settings
 from xloom.verification.engine import Ask, reading
 from xloom.verification.judgement import Expected, Finding, Observed, judge
@@ -105,7 +104,7 @@ class DeploymentCheck:
             entries.append(catalog.add(adapter.name, adapter.source, "lora"))
         for bundle in settings.xlora:
             self._progress(f"Preparing {bundle.name}")
-            overrides = Overrides(bundle.top_k, bundle.temperature, bundle.mixing_mode)
+            overrides = Overrides.of(bundle)
             entries.append(catalog.add(bundle.name, bundle.source, "xlora", overrides))
         self._rank = lora_rank(settings, tuple(entries))
         return [Target(entry.ref, folder / "prepared" / entry.generation) for entry in entries]

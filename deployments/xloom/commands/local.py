@@ -13,12 +13,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from xloom.adapters.catalog import AdapterCatalog
-from xloom.adapters.manifest import NO_OVERRIDES, Overrides
 from xloom.commands.detokeniser import Detokeniser
 from xloom.commands.text_model import Answer, Message, Options, TextModel
 from xloom.engines.base import LLMBackend
 from xloom.engines.registry import backend_for, lacking, load_backend, names
-from xloom.protocol import AdapterRef, TokenChunk, TokenRequest, XloomError
+from xloom.protocol import NO_OVERRIDES, AdapterRef, Overrides, TokenChunk, TokenRequest, XloomError
 from xloom.settings import Settings
 
 PREFERRED = "transformers"  # in one process; a server prefers paging
@@ -160,7 +159,7 @@ class LocalModel(TextModel):
         )
         bundle = next((entry for entry in settings.xlora if entry.name == name), None)
         if bundle is not None:
-            overrides = Overrides(bundle.top_k, bundle.temperature, bundle.mixing_mode)
+            overrides = Overrides.of(bundle)
             entry = catalog.add(name, bundle.source, "xlora", overrides)
         else:
             source = next(entry.source for entry in settings.adapters if entry.name == name)

@@ -25,6 +25,7 @@ class Capabilities:
     xlora: tuple[Device, ...]  # where it serves X-LoRA mixtures
     devices: tuple[Device, ...]
     isq: Mapping[Device, frozenset[IsqCase]] = field(default_factory=dict)
+    single_pass: bool = False  # whether mixtures may be routed in one pass (`routing_passes: 1`)
 
 
 class LLMBackend(ABC):

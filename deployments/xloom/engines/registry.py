@@ -62,6 +62,8 @@ def lacking(backend: type[LLMBackend], settings: Settings) -> list[str]:
     found = []
     if settings.xlora_enabled and device not in can.xlora:
         found.append(f"X-LoRA on {device}" if can.xlora else "X-LoRA")
+    if any(bundle.routing_passes == 1 for bundle in settings.xlora) and not can.single_pass:
+        found.append("X-LoRA routed in one pass")
     isq = settings.isq
     if isq is not None:
         cases = can.isq.get(device, frozenset())

@@ -13,27 +13,13 @@ import torch
 
 from xloom.mixtures.files import read_json, read_tensors
 from xloom.mixtures.lora import LoraWeights, read_lora
+from xloom.mixtures.options import MIXING_MODES, RoutingOptions
 from xloom.protocol import XloomError
 
 PROJECTION_FILE = "xlora_projection.safetensors"
-MIXING_MODES = ("additive", "concatenate", "gated")
 _PEFT_CLASSIFIER = re.compile(r"(?:.*\.)?internal_xlora_classifier\.layers\.(\d+)\.(weight|bias)")
 _XLORA_CLASSIFIER = re.compile(r"(inner\.\d+|last)\.(weight|bias)")
 _RESAVE = "Save the bundle anew."
-
-
-@dataclass(frozen=True)
-class RoutingOptions:
-    """How the classifier's logits become gates; names and defaults are peft.XLoraConfig's."""
-
-    layerwise_scalings: bool = False
-    enable_softmax: bool = True
-    enable_softmax_topk: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    scaling_pass_value: float = 0.0
-    global_scaling_weight: float = 1.0
-    mixing_mode: str = "additive"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors.torch import save_file
 
-from xloom.mixtures.bundle import MIXING_MODES, Bundle, RoutingOptions, read_bundle
+from xloom.mixtures.bundle import Bundle, read_bundle
 from xloom.mixtures.lora import PREFIX, LoraWeights, read_lora
-from xloom.protocol import XloomError
+from xloom.mixtures.options import MIXING_MODES, PASSES, PREFILLS, RoutingOptions
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 
 Shapes = Mapping[str, tuple[int, int]]
 Segments = list[list[tuple[int, int]]]
@@ -62,16 +64,14 @@ def prepare_bundle(
     out: Path,
     *,
     hidden_size: int,
-    top_k: int | None,
-    temperature: float | None,
-    mixing_mode: str | None,
     max_rank: int,
+    overrides: Overrides = NO_OVERRIDES,
     root: Path | None = None,
 ) -> Prepared:
     """Check a bundle against the base model, stack its adapters along the rank and write it to `out`.
 
-    `top_k`, `temperature` and `mixing_mode` override the bundle's own where given. Raises `XloomError`: broken_bundle,
-    invalid_override, unsupported_target, wrong_base, wrong_shape, rank_too_large, and what reading raises.
+    Raises `XloomError`: broken_bundle, invalid_override, unsupported_target, wrong_base, wrong_shape, rank_too_large,
+    and what reading raises.
     """
     bundle = read_bundle(folder, root)
     for adapter in bundle.adapters:
@@ -79,7 +79,7 @@ def prepare_bundle(
         if "lm_head" in adapter.tensors:
             message = f"{adapter.folder} adapts lm_head, which an X-LoRA bundle can't."
             raise XloomError("unsupported_target", message, "Adapt the attention and MLP projections.")
-    options = _override(bundle, top_k, temperature, mixing_mode)
+    options = _override(bundle, overrides)
     targeted = [name for name in modules if any(name in adapter.tensors for adapter in bundle.adapters)]
     _check_classifier(bundle, hidden_size, len(targeted))
     segments: Segments = [
@@ -124,15 +124,17 @@ def prepare_bundle(
     return Prepared(max(ranks), _kinds(stacked), _folder_size(out))
 
 
-def _override(bundle: Bundle, top_k: int | None, temperature: float | None, mode: str | None) -> RoutingOptions:
-    options = bundle.options
-    if mode is not None:
-        if mode not in MIXING_MODES:
-            message = f"mixing_mode {mode!r} is none of {', '.join(MIXING_MODES)}."
+def _override(bundle: Bundle, overrides: Overrides) -> RoutingOptions:
+    given = {name: value for name, value in msgspec.structs.asdict(overrides).items() if value is not None}
+    for name, allowed in {"mixing_mode": MIXING_MODES, "routing_passes": PASSES, "prefill": PREFILLS}.items():
+        if name in given and given[name] not in allowed:
+            message = f"{name} {given[name]!r} is none of {', '.join(map(str, allowed))}."
             raise XloomError("invalid_override", message, "Mend the setting.")
-        options = dataclasses.replace(options, mixing_mode=mode)
-    if top_k is not None:
-        options = dataclasses.replace(options, top_k=top_k)
+    options = dataclasses.replace(bundle.options, **given)
+    if "prefill" in given and options.routing_passes == 2:
+        message = f"prefill {options.prefill} would have no effect: the scaling pass runs for every token."
+        raise XloomError("invalid_override", message, "Leave prefill out, or set routing_passes to 1.")
+    top_k, temperature = overrides.top_k, overrides.temperature
     count = len(bundle.adapters)
     if options.top_k is not None and not 1 <= options.top_k <= count:
         code = "broken_bundle" if top_k is None else "invalid_override"
@@ -141,13 +143,12 @@ def _override(bundle: Bundle, top_k: int | None, temperature: float | None, mode
     if temperature is not None:
         if not temperature > 0:
             raise XloomError("invalid_override", f"temperature is {temperature}.", "It must be above 0.")
-        if not options.enable_softmax and options.mixing_mode != "gated" and temperature != options.temperature:
+        if not options.enable_softmax and options.mixing_mode != "gated" and temperature != bundle.options.temperature:
             raise XloomError(
                 "invalid_override",
                 f"temperature {temperature} would have no effect: {bundle.folder} is without softmax.",
                 "Leave temperature out, or choose mixing_mode gated.",
             )
-        options = dataclasses.replace(options, temperature=temperature)
     return options
 
 

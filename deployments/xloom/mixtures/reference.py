@@ -1,6 +1,7 @@
 """X-LoRA over any Hugging Face causal model from a prepared bundle, in plain torch: slow, and what tests compare with.
 
-Two full passes over the whole sequence for every token, as in PEFT; also the mixing modes PEFT lacks.
+Two full passes over the whole sequence for every token, as in PEFT; also the mixing modes PEFT lacks, and routing in
+one pass (`single_pass`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from xloom.mixtures.hooks import Adapter, Span, adapted
 from xloom.mixtures.routing import Routing
+from xloom.mixtures.single_pass import segment_end
 from xloom.protocol import XloomError
 
 
@@ -25,6 +27,7 @@ class Reference:
     model: nn.Module
     bundle: Adapter
     routing: Routing
+    device: torch.device | str = "cpu"
 
     @classmethod
     def load(cls, model: nn.Module, prepared: Path) -> Reference:
@@ -38,26 +41,55 @@ class Reference:
         """Within it, every adapted module adds its gated delta; gates `[num_tokens, M, K]`."""
         return adapted(dict(self.model.named_modules()), [Span(slice(None), self.bundle, gates)])
 
-    @torch.no_grad()
-    def gates(self, ids: Sequence[int]) -> Tensor:
-        """The gates `[num_tokens, M, K]` of one prompt, from the scaling pass."""
-        inputs = torch.tensor([list(ids)])
-        with self._mixed(self.routing.scaling_pass_gates().expand(len(ids), -1, -1)):
-            scaling = self.model(input_ids=inputs, use_cache=False, output_hidden_states=True)
-        return self.routing.gates(scaling.hidden_states[-1][0])
+    def _hidden(self, ids: Sequence[int], gates: Tensor) -> Tensor:
+        """The last hidden states `[num_tokens, hidden]` under these gates."""
+        with self._mixed(gates):
+            found = self.model(
+                input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False, output_hidden_states=True
+            )
+        hidden: Tensor = found.hidden_states[-1][0]
+        return hidden
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """The logits `[num_tokens, vocab]` of one prompt."""
-        with self._mixed(self.gates(ids)):
-            logits: Tensor = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    def gates(self, ids: Sequence[int], num_client_tokens: int | None = None, known: Tensor | None = None) -> Tensor:
+        """The gates `[num_tokens, M, K]` of one prompt, or of one with an answer from `num_client_tokens` on.
+
+        `known` are those of the first tokens, which one pass goes on from.
+        """
+        sent = len(ids) if num_client_tokens is None else num_client_tokens
+        constant = self.routing.scaling_pass_gates()[None]
+        if self.routing.routing_passes == 2:
+            return self.routing.gates(self._hidden(ids, constant.expand(len(ids), -1, -1)))
+        if known is not None:
+            gates = known
+        elif self.routing.prefill == "exact":
+            gates = self.routing.gates(self._hidden(ids[:sent], constant.expand(sent, -1, -1)))
+        else:
+            gates = constant
+        while (count := len(gates)) < len(ids):
+            end = min(segment_end(count, sent, self.routing.prefill), len(ids))
+            after = self.routing.gates(self._hidden(ids[:count], gates)[-1:])
+            gates = torch.cat([gates, after.expand(end - count, -1, -1)])
+        return gates
+
+    @torch.no_grad()
+    def _logits(self, ids: Sequence[int], gates: Tensor) -> Tensor:
+        with self._mixed(gates):
+            logits: Tensor = self.model(
+                input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False
+            ).logits[0]
         return logits
+
+    def logits(self, ids: Sequence[int], num_client_tokens: int | None = None) -> Tensor:
+        """The logits `[num_tokens, vocab]` of one prompt, or of one with an answer from `num_client_tokens` on."""
+        return self._logits(ids, self.gates(ids, num_client_tokens))
 
     def greedy(self, prompt_ids: Sequence[int], n: int) -> list[int]:
         """The next `n` greedy tokens after the prompt, end-of-text ignored."""
-        ids = list(prompt_ids)
+        ids, gates = list(prompt_ids), None
         for _ in range(n):
-            ids.append(int(self.logits(ids)[-1].argmax()))
+            gates = self.gates(ids, len(prompt_ids), gates)
+            ids.append(int(self._logits(ids, gates)[-1].argmax()))
         return ids[len(prompt_ids) :]
 
 

@@ -47,6 +47,8 @@ class Routing:
     enable_softmax_topk: bool
     scaling_pass_value: float
     layers: tuple[tuple[Tensor, Tensor | None], ...]  # float32 weight [out, in] and bias; ReLU between
+    routing_passes: int = 2
+    prefill: str = "exact"  # of one pass
 
     @classmethod
     def load(cls, folder: Path) -> Routing:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import APIRouter, FastAPI, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from xloom.adapters.manifest import NO_OVERRIDES, Entry, Overrides
+from xloom.adapters.manifest import Entry
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
-from xloom.protocol import XloomError
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.catalog import Catalog
 from xloom.router.dispatch import Dispatcher
 
@@ -53,6 +53,8 @@ class LoadAdapter(BaseModel):
     top_k: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
     mixing_mode: Literal["additive", "concatenate", "gated"] | None = None
+    routing_passes: Literal[1, 2] | None = None
+    prefill: Literal["exact", "lagged"] | None = None
     verify: bool = False  # each replica proves it before serving it
 
 
@@ -82,7 +84,7 @@ class Control:
             wanted.lora_name,
             wanted.lora_path,
             wanted.kind,
-            Overrides(wanted.top_k, wanted.temperature, wanted.mixing_mode),
+            Overrides.of(wanted),
             replace=wanted.load_inplace,
             max_rank=self.max_lora_rank,
             verify=wanted.verify,

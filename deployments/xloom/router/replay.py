@@ -52,7 +52,13 @@ def replay(request: TokenRequest, tokens: list[int], attempts: int) -> TokenRequ
         sampling["min_tokens"] = max(0, sampling["min_tokens"] - len(tokens))
     if sampling["max_tokens"] < 1:
         raise _lost("The replica was lost between the last token and its finish reason.")
-    return msgspec.structs.replace(request, prompt_token_ids=[*request.prompt_token_ids, *tokens], sampling=sampling)
+    sent = request.num_client_tokens
+    return msgspec.structs.replace(
+        request,
+        prompt_token_ids=[*request.prompt_token_ids, *tokens],
+        num_client_tokens=len(request.prompt_token_ids) if sent is None else sent,
+        sampling=sampling,
+    )
 
 
 def _lost(message: str) -> XloomError:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xloom.mixtures.hooks import Adapter, Span, adapted
+from xloom.mixtures.reference import Reference
 from xloom.verification.comparison import Scores
 from xloom.verification.judgement import BASE, EVEN, HELD, SUM
 
@@ -48,13 +49,10 @@ class PlainModel:
 
     @torch.inference_mode()
     def gates(self, prompt: Sequence[int], tokens: Sequence[int], bundle: Adapter) -> Tensor:
-        """A bundle's gates `[num_tokens, M, K]` over a prompt and its answer, from the scaling pass."""
+        """A bundle's gates `[num_tokens, M, K]` over a prompt and its answer."""
         assert bundle.routing is not None
-        ids = self._ids([*prompt, *tokens])
-        constant = bundle.routing.scaling_pass_gates().expand(ids.shape[1], -1, -1)
-        with adapted(self._modules, [Span(slice(None), bundle, constant)]):
-            hidden = self._model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
-        return bundle.routing.gates(hidden)
+        reference = Reference(self._model, bundle, bundle.routing, self._device)
+        return reference.gates([*prompt, *tokens], len(prompt))
 
     def served(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Scores], prepared: Path, *, all_faults: bool

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
 from xloom.adapters.catalog import AdapterCatalog
-from xloom.adapters.manifest import Overrides, generation_of
+from xloom.adapters.manifest import generation_of
 from xloom.adapters.sources import Limits
-from xloom.protocol import XloomError
+from xloom.protocol import Overrides, XloomError
 
 Open = Callable[..., AdapterCatalog]
 

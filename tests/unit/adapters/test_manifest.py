@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from xloom.adapters.manifest import Entry, Manifest, ManifestFile, Overrides, generation_of
-from xloom.protocol import XloomError
+from xloom.adapters.manifest import Entry, Manifest, ManifestFile, generation_of
+from xloom.protocol import Overrides, XloomError
 
 
 def entry(name: str, generation: str = "a" * 64) -> Entry:

@@ -68,6 +68,14 @@ def test_xlora_is_refused_on_a_device_where_the_backend_does_not_serve_it(
     assert chosen(engine={"backend": "metal"}) is OnMetal
 
 
+def test_routing_in_one_pass_is_refused_where_the_backend_has_it_not(backends: dict[str, type[LLMBackend]]) -> None:
+    single = {"xlora": [{"name": "blend", "source": "./blend", "routing_passes": 1}]}
+    error = refusal(engine={"backend": "paged"}, **single)
+    assert error.code == "unsupported_by_backend"
+    assert "one pass" in error.message
+    assert chosen(engine={"backend": "paged"}, xlora=[{"name": "blend", "source": "./blend"}]) is Paged
+
+
 def test_auto_passes_over_what_is_not_installed(backends: dict[str, type[LLMBackend]]) -> None:
     assert chosen() is Paged
 

@@ -11,15 +11,16 @@ from safetensors.torch import load_file, save_file
 from tests.models import ADAPTERS, tiny_adapter, tiny_bundle
 from xloom.mixtures.lora import read_lora
 from xloom.mixtures.prepare import Prepared, prepare_bundle, prepare_lora
-from xloom.protocol import XloomError
+from xloom.protocol import Overrides, XloomError
 
 Shapes = dict[str, tuple[int, int]]
 Q_PROJ, O_PROJ, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"))
 
 
 def prepare(bundle: Path, shapes: Shapes, out: Path | None = None, **overrides: Any) -> Prepared:
-    options: dict[str, Any] = {"top_k": None, "temperature": None, "mixing_mode": None, "max_rank": 64}
-    options |= {"hidden_size": 64} | overrides
+    options: dict[str, Any] = {"max_rank": 64, "hidden_size": 64}
+    options |= {name: overrides.pop(name) for name in list(overrides) if name not in Overrides.__struct_fields__}
+    options["overrides"] = Overrides(**overrides)
     return prepare_bundle(bundle, shapes, out or bundle.with_name("out"), **options)
 
 
@@ -118,7 +119,16 @@ def test_lm_head_in_a_bundle_is_refused(llama: Path, shapes: Shapes, tmp_path: P
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"top_k": 4}, {"top_k": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"mixing_mode": "shaken"}],
+    [
+        {"top_k": 4},
+        {"top_k": 0},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"mixing_mode": "shaken"},
+        {"routing_passes": 3},
+        {"routing_passes": 1, "prefill": "none"},
+        {"prefill": "lagged"},
+    ],
 )
 def test_an_override_out_of_range_is_refused(bundle: Path, shapes: Shapes, overrides: dict[str, Any]) -> None:
     assert refusal(bundle, shapes, **overrides).code == "invalid_override"

@@ -29,6 +29,7 @@ from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import Prepared, prepare_bundle, prepare_lora
 from xloom.mixtures.reference import Reference, reference_greedy, reference_logits
 from xloom.mixtures.routing import Routing
+from xloom.protocol import Overrides
 
 PROMPT = [72, 17, 203, 5, 140, 99, 7, 250, 31, 64, 12, 181]
 TWO = ({"rank": 4, "alpha": 8, "targets": ("q_proj", "v_proj")}, {"rank": 2, "alpha": 5, "targets": ("down_proj",)})
@@ -36,8 +37,8 @@ TWO = ({"rank": 4, "alpha": 8, "targets": ("q_proj", "v_proj")}, {"rank": 2, "al
 
 def prepare(bundle: Path, model: Path, **overrides: Any) -> Path:
     out = bundle.with_name(f"{bundle.name}-{'-'.join(str(value) for value in overrides.values())}-prepared")
-    options = {"top_k": None, "temperature": None, "mixing_mode": None} | overrides
-    prepared = prepare_bundle(bundle, linear_modules(str(model)), out, hidden_size=64, max_rank=64, **options)
+    linears, wanted = linear_modules(str(model)), Overrides(**overrides)
+    prepared = prepare_bundle(bundle, linears, out, hidden_size=64, max_rank=64, overrides=wanted)
     assert isinstance(prepared, Prepared)
     return out
 
@@ -247,4 +248,6 @@ def test_the_prepared_description_says_what_the_bundle_says(llama: Path, tmp_pat
         "top_k": 1,
         "enable_softmax_topk": False,
         "scaling_pass_value": 0.0,
+        "routing_passes": 2,
+        "prefill": "exact",
     }

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -9,13 +8,12 @@ import torch
 from tests.models import tiny_bundle
 from xloom.mixtures.prepare import prepare_bundle
 from xloom.mixtures.routing import Routing, select
-from xloom.protocol import XloomError
+from xloom.protocol import Overrides, XloomError
 
 
 def routing(bundle: Path, shapes: dict[str, tuple[int, int]], mode: str | None = None) -> Routing:
     out = bundle.with_name("out")
-    options: dict[str, Any] = {"top_k": None, "temperature": None, "mixing_mode": mode}
-    prepare_bundle(bundle, shapes, out, hidden_size=64, max_rank=64, **options)
+    prepare_bundle(bundle, shapes, out, hidden_size=64, max_rank=64, overrides=Overrides(mixing_mode=mode))
     return Routing.load(out)
 
 

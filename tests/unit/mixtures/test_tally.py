@@ -31,8 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def routing_of(folder: Path, llama: Path, shapes: dict[str, tuple[int, int]], **options: Any) -> Routing:
     bundle = tiny_bundle(folder / "bundle", llama, **options)
-    none: dict[str, Any] = {"top_k": None, "temperature": None, "mixing_mode": None}
-    prepare_bundle(bundle, shapes, folder / "prepared", hidden_size=64, max_rank=64, **none)
+    prepare_bundle(bundle, shapes, folder / "prepared", hidden_size=64, max_rank=64)
     return Routing.load(folder / "prepared")
 
 

@@ -52,7 +52,7 @@ def test_the_rescaled_adapter_gives_what_it_gave_in_the_folded_coordinates(model
 def test_a_bundle_keeps_its_routing_and_its_ranks(model: Path, tmp_path: Path) -> None:
     prepare_bundle(
         tiny_bundle(tmp_path / "bundle", model), linear_modules(str(model)), tmp_path / "prepared",
-        hidden_size=HIDDEN, top_k=None, temperature=None, mixing_mode=None, max_rank=64,
+        hidden_size=HIDDEN, max_rank=64,
     )  # fmt: skip
     out = rescale(tmp_path / "prepared", tmp_path / "rescaled", folding_of(model))
     for name in ("xlora.json", "xlora_router.safetensors", "adapter_config.json"):

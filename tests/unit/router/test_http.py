@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from xloom.adapters.manifest import NO_OVERRIDES, Entry, Overrides
+from xloom.adapters.manifest import Entry
 from xloom.adapters.residency import ReplicaReport
-from xloom.protocol import XloomError
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.http import Control, LoadAdapter
 
 OLD = Entry("code", "lora", "old", 8, ("q_proj",), 1, "./old")

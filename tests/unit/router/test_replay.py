@@ -18,6 +18,7 @@ def test_it_goes_on_from_the_tokens_so_far_with_smaller_limits() -> None:
     went_on = replay(request(max_tokens=10, min_tokens=6), [7, 8], attempts=1)
     assert went_on.prompt_token_ids == [1, 2, 3, 7, 8]
     assert went_on.sampling == {"max_tokens": 8, "min_tokens": 4}
+    assert went_on.num_client_tokens == 3
 
 
 def test_the_first_request_is_left_as_it_was() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,9 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     modules = linear_modules(str(base))
     prepare_lora(tiny_adapter(folder / "code", base, seed=7), modules, folder / "prepared/code", max_rank=64)
     prepare_lora(tiny_adapter(folder / "zero", base, strength=0), modules, folder / "prepared/zero", max_rank=64)
-    options: dict[str, Any] = {"top_k": None, "temperature": None, "mixing_mode": None, "max_rank": 64}
     bundle = tiny_bundle(folder / "blend", base, seed=3)
-    prepare_bundle(bundle, modules, folder / "prepared/blend", hidden_size=HIDDEN, **options)
+    prepare_bundle(bundle, modules, folder / "prepared/blend", hidden_size=HIDDEN, max_rank=64)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,9 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny_model(folder / "base", "llama")
     modules = linear_modules(str(base))
     prepare_lora(tiny_adapter(folder / "code", base, seed=7), modules, folder / "code-prepared", max_rank=64)
-    options: dict[str, Any] = {"top_k": None, "temperature": None, "mixing_mode": None, "max_rank": 64}
     bundle = tiny_bundle(folder / "blend", base, seed=3)
-    prepare_bundle(bundle, modules, folder / "blend-prepared", hidden_size=HIDDEN, **options)
+    prepare_bundle(bundle, modules, folder / "blend-prepared", hidden_size=HIDDEN, max_rank=64)
     return folder
 
 

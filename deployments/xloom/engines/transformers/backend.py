@@ -156,6 +156,12 @@ class TransformersBackend(LLMBackend):
 
         adapter = await asyncio.to_thread(Adapter.load, path, self._loaded.device, self._loaded.dtype)
         adapter.check(self._modules)
+        if adapter.routing is not None and adapter.routing.routing_passes == 1:
+            raise XloomError(
+                "unsupported_by_backend",
+                f"The backend 'transformers' can't route {ref.name!r} in one pass.",
+                "Set engine.backend to vllm, or leave routing_passes out.",
+            )
         self._adapters[ref] = dataclasses.replace(adapter, name=f"{ref.name}@{ref.generation}")
 
     async def remove_adapter(self, ref: AdapterRef) -> None:

@@ -59,7 +59,7 @@ class VLLMBackend(LLMBackend):
         devices: tuple[Device, ...] = ("cpu", "cuda", "metal")
         isq = {device: recipes.cases(device) for device in devices}
         # vLLM's plugin for Metal has LoRA kernels of its own, which have no gate.
-        return Capabilities(paged_attention=True, xlora=("cpu", "cuda"), devices=devices, isq=isq)
+        return Capabilities(paged_attention=True, xlora=("cpu", "cuda"), devices=devices, isq=isq, single_pass=True)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -122,6 +122,7 @@ class VLLMBackend(LLMBackend):
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine import EngineCoreRequest
 
+        from xloom.vllm.plugin.pairs import PROMPT_ARG
         from xloom.vllm.sampling import sampling_from_dict
 
         check_prompt(request.prompt_token_ids, vocabulary=self._vocabulary, max_model_len=self._max_model_len)
@@ -129,6 +130,10 @@ class VLLMBackend(LLMBackend):
             sampling = sampling_from_dict(request.sampling)
         except (ValueError, VLLMClientError) as error:  # msgspec's checks and vLLM's own
             raise XloomError("invalid_sampling", str(error), "See vLLM's SamplingParams for what it takes.") from None
+        if PROMPT_ARG in (sampling.extra_args or {}):
+            raise XloomError("invalid_sampling", f"vllm_xargs can't say {PROMPT_ARG}.", "Leave it out.")
+        if request.num_client_tokens is not None and request.adapter is not None and request.adapter.kind == "xlora":
+            sampling.extra_args = (sampling.extra_args or {}) | {PROMPT_ARG: request.num_client_tokens}
         lora = None
         if request.adapter is not None:
             lora = self._adapters.get(request.adapter)

@@ -58,6 +58,8 @@ class ServedModels(OpenAIServingModels):
             limit = self.model_config.max_model_len
             card = ModelCard(id=entry.name, root=entry.source, parent=base, owned_by="xloom", max_model_len=limit)
             card.kind, card.generation = entry.kind, entry.generation
+            if entry.kind == "xlora":
+                card.routing_passes = entry.overrides.routing_passes or 2
             models.data.append(card)
         return models
 

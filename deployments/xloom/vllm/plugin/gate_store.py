@@ -1,4 +1,4 @@
-"""Gates of tokens that scaling sequences have computed and their requests have not yet."""
+"""Gates of tokens that mixtures' requests have not computed yet."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ from vllm.utils.torch_utils import async_tensor_h2d  # pinned and asynchronous o
 
 @dataclass
 class _Part:
-    """Gates of consecutive tokens: `count` rows from `first` of `source [num_rows, M, K]`."""
+    """Gates of consecutive tokens: `count` rows from `first` of `source [num_rows, M, K]`, or its only row."""
 
     position: int  # of the first token in its sequence
     source: Tensor
     first: int
     count: int
 
+    def row(self, skipped: int) -> int:
+        """The row of the token that comes after so many."""
+        return self.first if self.source.shape[0] == 1 else self.first + skipped
+
 
 class Span(NamedTuple):
-    """Consecutive tokens of one request in a batch."""
+    """Consecutive tokens of one sequence in a batch."""
 
-    request_id: str  # a scaling sequence's, whose gates they take
+    request_id: str  # a mixture's request
     position: int
     num_tokens: int
     constant: Tensor | None = None  # [M, K]: gates that are no token's own
 
 
 class GateStore:
-    """Gates by scaling sequence, each kept until it is used. Tensors are shared, not copied, as they come."""
+    """Gates by mixture's request, each kept until it is used. Tensors are shared, not copied, as they come."""
 
     def __init__(self) -> None:
         self._parts: dict[str, deque[_Part]] = {}
@@ -42,7 +46,10 @@ class GateStore:
         return len(self._parts)
 
     def put(self, request_id: str, position: int, gates: Tensor, first: int, count: int) -> None:
-        """Keep `gates[first : first + count]`, of tokens from `position` on. Raises `RuntimeError` on a gap."""
+        """Keep `gates[first : first + count]`, of tokens from `position` on; a single row is that of all `count`.
+
+        Raises `RuntimeError` on a gap.
+        """
         parts = self._parts.setdefault(request_id, deque())
         if parts and parts[-1].position + parts[-1].count != position:
             end = parts[-1].position + parts[-1].count
@@ -50,7 +57,7 @@ class GateStore:
         parts.append(_Part(position, gates, first, count))
 
     def drop(self, request_id: str) -> None:
-        """Forget a sequence's gates: it ended, or starts again."""
+        """Forget a request's gates: it ended, or starts again."""
         self._parts.pop(request_id, None)
 
     def take(self, spans: Sequence[Span]) -> Tensor:
@@ -77,12 +84,12 @@ class GateStore:
                 break
             skipped = position - part.position
             used = min(missing, part.count - skipped)
-            found.append((part.source, part.first + skipped, used))
+            found.append((part.source, part.row(skipped), used))
             position, missing = position + used, missing - used
             if skipped + used == part.count:
                 parts.popleft()
             else:
-                parts[0] = _Part(position, part.source, part.first + skipped + used, part.count - skipped - used)
+                parts[0] = _Part(position, part.source, part.row(skipped + used), part.count - skipped - used)
         if missing:
             raise RuntimeError(f"no gates for token {position} of {span.request_id}")
         if not parts:

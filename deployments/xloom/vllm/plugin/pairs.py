@@ -1,7 +1,8 @@
 """A mixture's request and its scaling sequence: two requests of vLLM's scheduler over the same tokens.
 
 The scaling sequence computes each token as a row of the base model; its hidden state gives the gates with which the
-mixture's request computes that token in a later step. While decoding the two take turns.
+mixture's request computes that token in a later step. While decoding the two take turns. With routing in one pass
+(`xloom.mixtures.single_pass`) the scaling sequence ends with the prompt, or there is none.
 
 Relies on vLLM 0.32: `vllm.v1.request.Request` (the attributes set here), and on `LoRARequest.lora_path` being the
 prepared folder.
@@ -9,18 +10,23 @@ prepared folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from xloom.mixtures.prepare import XLORA_FILE
+from xloom.mixtures.single_pass import segment_end
 
-SCALING_MARK = "~scaling"  # ends a scaling sequence's id; what precedes it is the mixture's request
-BUNDLE_ARG = "xloom_bundle"  # in SamplingParams.extra_args: the LoRARequest whose router reads the hidden states
+SCALING_MARK = "~scaling"  # in a scaling sequence's id; what precedes it is the mixture's request
+# In SamplingParams.extra_args:
+BUNDLE_ARG = "xloom_bundle"  # of a scaling sequence: the LoRARequest whose router reads the hidden states
+PROMPT_ARG = "xloom_prompt_tokens"  # of a request that goes on elsewhere: the tokens of its prompt that a client sent
 
 
 def scaling_id(request_id: str) -> str:
@@ -30,32 +36,72 @@ def scaling_id(request_id: str) -> str:
 
 def is_scaling(request_id: str) -> bool:
     """Whether an id is a scaling sequence's."""
-    return request_id.endswith(SCALING_MARK)
+    return SCALING_MARK in request_id
 
 
 def mixture_id(request_id: str) -> str:
     """The id of the mixture's request that a request belongs to; its own when it is no scaling sequence."""
-    return request_id.removesuffix(SCALING_MARK)
+    return request_id.partition(SCALING_MARK)[0]
+
+
+class GateSource(NamedTuple):
+    """Where the gates of a prepared bundle's tokens come from."""
+
+    scaling_pass_value: float
+    routing_passes: int
+    prefill: str
 
 
 @lru_cache(maxsize=4096)
-def scaling_pass_value(path: str) -> float | None:
-    """A prepared bundle's `scaling_pass_value`; None for a plain adapter."""
+def gate_source(path: str) -> GateSource | None:
+    """A prepared bundle's; None for a plain adapter."""
     file = Path(path) / XLORA_FILE
     if not file.is_file():
         return None
-    return float(json.loads(file.read_text(encoding="utf-8"))["routing"]["scaling_pass_value"])
+    routing = json.loads(file.read_text(encoding="utf-8"))["routing"]
+    return GateSource(*(routing[field] for field in GateSource._fields))
 
 
-def is_bundle(lora: LoRARequest | None) -> bool:
-    """Whether a request is for a mixture."""
-    return lora is not None and scaling_pass_value(lora.lora_path) is not None
+def source_of(lora: LoRARequest | None) -> GateSource | None:
+    """Where the gates of a request come from; None if it is for no mixture."""
+    return None if lora is None else gate_source(lora.lora_path)
+
+
+def client_tokens(num_prompt_tokens: int, sampling: SamplingParams | None) -> int:
+    """How many tokens of a prompt a client sent: those after them were generated, on a replica that is lost."""
+    given = (sampling.extra_args or {}).get(PROMPT_ARG) if sampling is not None else None
+    return num_prompt_tokens if given is None else min(int(given), num_prompt_tokens)
+
+
+class SinglePassRequest(Request):
+    """A mixture's request whose gates come from itself: the scheduler never computes past those that are known."""
+
+    num_client_tokens: int
+    prefill: str
+
+    def tokens_with_gates(self, num_computed_tokens: int) -> int:
+        """The tokens from `num_computed_tokens` on whose gates are known."""
+        return segment_end(num_computed_tokens, self.num_client_tokens, self.prefill) - num_computed_tokens
 
 
 class MixtureRequest(Request):
     """A request that computes only tokens whose gates are known. Made of vLLM's own by `pair`."""
 
     scaling: ScalingRequest
+    # Routing in one pass: the tokens whose gates the scaling sequence makes. None: all of them.
+    num_client_tokens: int | None = None
+
+    @property
+    def prompt_is_scaled(self) -> bool:
+        """Whether the scaling sequence has made all gates it will."""
+        done: int = self.scaling.num_computed_tokens
+        return self.num_client_tokens is not None and done >= self.num_client_tokens
+
+    def tokens_with_gates(self, num_computed_tokens: int) -> int:
+        """The tokens from `num_computed_tokens` on whose gates are known."""
+        if self.num_client_tokens is not None and num_computed_tokens >= self.num_client_tokens:
+            return 1  # its gates are made of the token before
+        return int(self.scaling.num_computed_tokens - num_computed_tokens)
 
     def append_output_token_ids(self, token_ids: int | list[int]) -> None:
         super().append_output_token_ids(token_ids)
@@ -63,15 +109,16 @@ class MixtureRequest(Request):
 
 
 class ScalingRequest(Request):
-    """The scaling sequence of a mixture's request: it shares that one's token lists, and what it samples is dropped."""
+    """The scaling sequence of a mixture's request: it has that one's tokens, and what it samples is dropped."""
 
     mixture: MixtureRequest | None = None
 
-    def __init__(self, mixture: MixtureRequest) -> None:
-        lora = mixture.lora_request
+    def __init__(self, mixture: MixtureRequest, attempt: int = 0) -> None:
+        lora, end = mixture.lora_request, mixture.num_client_tokens
         super().__init__(
-            request_id=scaling_id(mixture.request_id),
-            prompt_token_ids=mixture.prompt_token_ids,
+            # An id of its own each time: asynchronously the last step of the one before may still be under way.
+            request_id=scaling_id(mixture.request_id) + (str(attempt) if attempt else ""),
+            prompt_token_ids=mixture.prompt_token_ids if end is None else mixture.prompt_token_ids[:end],
             sampling_params=SamplingParams(
                 temperature=0.0,
                 max_tokens=1,
@@ -88,15 +135,17 @@ class ScalingRequest(Request):
             priority=mixture.priority,
             block_hasher=mixture._block_hasher,
         )
-        self._all_token_ids, self._output_token_ids = mixture._all_token_ids, mixture._output_token_ids
-        self.all_token_ids, self.output_token_ids = mixture.all_token_ids, mixture.output_token_ids
-        self.max_tokens = mixture.max_tokens  # asynchronously: no step for the token after the last
-        self.mixture = mixture
+        if end is None:
+            self._all_token_ids, self._output_token_ids = mixture._all_token_ids, mixture._output_token_ids
+            self.all_token_ids, self.output_token_ids = mixture.all_token_ids, mixture.output_token_ids
+            self.max_tokens = mixture.max_tokens  # asynchronously: no step for the token after the last
+        self.attempt, self.mixture = attempt, mixture
 
     # What the mixture's request has sampled and the scheduler not yet seen is this one's next token, too.
     @property
     def num_output_placeholders(self) -> int:
-        return 0 if self.mixture is None else self.mixture.num_output_placeholders
+        mixture = self.mixture
+        return 0 if mixture is None or mixture.num_client_tokens is not None else mixture.num_output_placeholders
 
     @num_output_placeholders.setter
     def num_output_placeholders(self, value: int) -> None:
@@ -108,17 +157,48 @@ def _constant_gates(lora: LoRARequest) -> LoRARequest | None:
 
     vLLM tells cache blocks apart by `lora_name`, slots by `lora_int_id` (vllm.v1.core.kv_cache_utils, 0.32).
     """
-    if not scaling_pass_value(lora.lora_path):
+    source = gate_source(lora.lora_path)
+    if source is None or not source.scaling_pass_value:
         return None
     return LoRARequest(lora_name=lora.lora_name + SCALING_MARK, lora_int_id=lora.lora_int_id, lora_path=lora.lora_path)
 
 
-def pair(request: Request) -> MixtureRequest:
-    """Make a mixture's request of vLLM's, and its scaling sequence."""
-    request.__class__ = MixtureRequest
+def mixture_request(request: Request, source: GateSource, hash_block_size: int) -> MixtureRequest | SinglePassRequest:
+    """Make a mixture's request of vLLM's, with its scaling sequence if it has one."""
+    kind = SinglePassRequest if source.routing_passes == 1 and source.prefill == "lagged" else MixtureRequest
+    request.__class__ = kind
+    if source.routing_passes == 1:
+        request.num_client_tokens = client_tokens(request.num_prompt_tokens, request.sampling_params)
+        _set_apart(request, hash_block_size)
+    if isinstance(request, SinglePassRequest):
+        request.prefill = source.prefill
+        # The hidden state that gives the next gates is in no page.
+        request.skip_reading_prefix_cache = True
+        return request
     assert isinstance(request, MixtureRequest)
     request.scaling = ScalingRequest(request)
     return request
+
+
+def _set_apart(request: Any, hash_block_size: int) -> None:
+    """No other request reads pages past the prompt: there the same tokens may be somebody's prompt, with other gates.
+
+    vLLM finds pages by `Request.block_hashes`, made by `_block_hasher` of the tokens after those hashed; vLLM 0.32.
+    """
+    shared, original = request.num_client_tokens // hash_block_size, request._block_hasher
+    if original is None:
+        return
+
+    def marked(request: Any) -> list[Any]:
+        first = len(request.block_hashes)
+        return [
+            each if number < shared else hashlib.sha256(b"single pass" + each).digest()
+            for number, each in enumerate(original(request), start=first)
+        ]
+
+    request._block_hasher = marked
+    del request.block_hashes[shared:]
+    request.update_block_hashes()
 
 
 def running(request: Request) -> bool:

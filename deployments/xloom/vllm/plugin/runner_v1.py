@@ -35,8 +35,8 @@ class _ScalingState(CachedRequestState):
 class PairRows:
     """Rows of the batch that scaling sequences have from their requests, and what must be put back with them."""
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
+    def __init__(self, runner: Any, step: MixtureStep) -> None:
+        self._runner, self._step = runner, step
         self._lent: dict[str, torch.Generator | None] = {}  # scaling sequence -> its request's random generator
 
     def before(self, output: SchedulerOutput) -> None:
@@ -52,7 +52,7 @@ class PairRows:
             if scaling == request or scaling not in staying or scaling in batch.req_id_to_index:
                 continue
             idle = request not in output.num_scheduled_tokens and request not in output.finished_req_ids
-            if idle and request in batch.req_id_to_index:
+            if idle and request in batch.req_id_to_index and self._step.in_two_passes(request):
                 self._lend(scaling, cached.all_token_ids[scaling])
         for scaling, tokens in cached.all_token_ids.items():
             if is_scaling(scaling) and scaling not in self._lent:
@@ -103,7 +103,7 @@ class _Mixtures:
 
     def __init__(self, runner: Any) -> None:
         self.step = MixtureStep(runner.lora_manager, runner.device)
-        self.pairs = PairRows(runner)
+        self.pairs = PairRows(runner, self.step)
         self.output: SchedulerOutput | None = None  # of the step under way, when it has pairs
 
 

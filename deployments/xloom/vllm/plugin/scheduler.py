@@ -31,11 +31,12 @@ from xloom.vllm.plugin.hits import PairHits
 from xloom.vllm.plugin.pairs import (
     MixtureRequest,
     ScalingRequest,
-    is_bundle,
+    SinglePassRequest,
     is_scaling,
     mixture_id,
-    pair,
+    mixture_request,
     running,
+    source_of,
 )
 from xloom.vllm.plugin.turns import Turns
 
@@ -56,7 +57,8 @@ class PairScheduling(Scheduler):
         super().__init__(*args, **kwargs)
         self.pairs: dict[str, MixtureRequest] = {}  # by the request's id
         self._parked: dict[str, MixtureRequest] = {}  # whose scaling sequence runs, and they do not yet
-        self._mixing: set[str] = set()  # those that run
+        self._mixing: set[str] = set()  # of which both halves run
+        self._alone: set[str] = set()  # whose scaling sequence has ended
         self._half_preempted: set[str] = set()
         self.pair_preemptions = 0
         self._turns = Turns()
@@ -73,11 +75,14 @@ class PairScheduling(Scheduler):
     # Arrival and end.
 
     def add_request(self, request: Request) -> None:
-        if request.request_id in self.requests or not is_bundle(request.lora_request):
+        source = source_of(request.lora_request)
+        if request.request_id in self.requests or source is None:
             super().add_request(request)
             return
-        mixture = pair(request)
+        mixture = mixture_request(request, source, self.hash_block_size)
         super().add_request(mixture)
+        if isinstance(mixture, SinglePassRequest):
+            return
         self._withdraw(mixture)
         self.pairs[mixture.request_id] = mixture
         super().add_request(mixture.scaling)
@@ -98,6 +103,7 @@ class PairScheduling(Scheduler):
         if isinstance(request, MixtureRequest) and self.pairs.pop(request.request_id, None) is not None:
             self._parked.pop(request.request_id, None)
             self._mixing.discard(request.request_id)
+            self._alone.discard(request.request_id)
             self._half_preempted.discard(request.request_id)
             self._hits.release(request.request_id)
             super().finish_requests(request.scaling.request_id, RequestStatus.FINISHED_ABORTED)
@@ -122,7 +128,15 @@ class PairScheduling(Scheduler):
         output = super().schedule(throttle_prefills)
         self._starved = [each for each in before if each not in output.num_scheduled_tokens]
         self._look_at_admitted(output)
+        self._end_scaling()
         return output
+
+    def _end_scaling(self) -> None:
+        """With routing in one pass: scaling sequences that have made all gates of the prompt have done their work."""
+        for request_id in [each for each in self._mixing if self.pairs[each].prompt_is_scaled]:
+            self._mixing.discard(request_id)
+            self._alone.add(request_id)
+            super().finish_requests(self.pairs[request_id].scaling.request_id, RequestStatus.FINISHED_ABORTED)
 
     def _look_at_admitted(self, output: SchedulerOutput) -> None:
         """Park requests whose scaling sequence was let in, and let go of pages held for what was not."""
@@ -234,7 +248,9 @@ class PairScheduling(Scheduler):
             pass
         elif isinstance(request, MixtureRequest):
             # Within schedule() the scaling sequence's count is still that of before the step.
-            allowed = min(num_new_tokens, request.scaling.num_computed_tokens - num_computed_tokens)
+            allowed = min(num_new_tokens, request.tokens_with_gates(num_computed_tokens))
+        elif isinstance(request, SinglePassRequest):
+            allowed = min(num_new_tokens, request.tokens_with_gates(num_computed_tokens))
         elif isinstance(request, ScalingRequest) and request.mixture is not None:
             # At most a step's tokens ahead: gates take memory until they are used.
             mixture = request.mixture
@@ -286,6 +302,16 @@ class PairScheduling(Scheduler):
                     self._half_preempted.discard(request_id)
                 # It may be back in this very step, and the V1 runner must be told its tokens then.
                 self.prev_step_scheduled_req_ids.discard(half.request_id)
+            if request_id in self._alone:
+                self._scale_again(mixture)
+
+    def _scale_again(self, mixture: MixtureRequest) -> None:
+        """A scaling sequence for a request that has lost its pages, in front of all that wait, as that one would be."""
+        self._alone.discard(mixture.request_id)
+        mixture.scaling = ScalingRequest(mixture, mixture.scaling.attempt + 1)
+        super().add_request(mixture.scaling)
+        self.waiting.remove_requests([mixture.scaling])
+        self.waiting.prepend_request(mixture.scaling)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if reset_running_requests:
@@ -331,7 +357,7 @@ class PairScheduling(Scheduler):
             counts: tuple[int, int] = super().get_request_counts()
             return counts
         begun = len(self.running) - len(self._mixing)  # two rows each; of the parked one runs
-        return begun, len(self.requests) - len(self.pairs) - begun
+        return begun, len(self.requests) - len(self.pairs) + len(self._alone) - begun
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)

@@ -18,9 +18,10 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from xloom.mixtures.single_pass import segment_end
 from xloom.vllm.plugin.gate_store import GateStore, Span
 from xloom.vllm.plugin.gates import BATCH, SlotRouting
-from xloom.vllm.plugin.pairs import BUNDLE_ARG, is_scaling, mixture_id, scaling_id
+from xloom.vllm.plugin.pairs import BUNDLE_ARG, client_tokens, is_scaling, mixture_id, source_of
 from xloom.vllm.plugin.rank_tally import tally_of_this_rank
 
 Kept = TypeVar("Kept")
@@ -36,6 +37,25 @@ class Row(NamedTuple):
     position: int  # of the first token in its sequence
 
 
+class SinglePass(NamedTuple):
+    """A request of a bundle whose gates come from the mixture's own hidden states, once its prompt is over."""
+
+    bundle: LoRARequest
+    num_client_tokens: int
+    prefill: str
+
+
+class _Making(NamedTuple):
+    """Hidden states of a batch, and the tokens whose gates are made of them."""
+
+    bundle: LoRARequest
+    request_id: str  # the mixture's
+    position: int
+    num_tokens: int
+    first: int  # of the batch's token axis
+    num_rows: int  # as many as tokens, or 1 for all
+
+
 class MixtureStep:
     """The mixtures' side of one model runner."""
 
@@ -43,31 +63,39 @@ class MixtureStep:
         self.store = GateStore()
         self._lora_manager = lora_manager
         self._bundles: dict[str, LoRARequest] = {}  # by scaling sequence
+        self._single: dict[str, SinglePass] = {}  # by request
         self._tally = tally_of_this_rank(device.type)
         self._timed = False
 
     def begin(self, output: SchedulerOutput) -> None:
         """Learn of requests that came, went or start again with this step."""
         for name in output.finished_req_ids:
-            if is_scaling(name):
-                self.store.drop(name)
-                self._bundles.pop(name, None)
-        if output.preempted_req_ids and self._bundles:
+            self._bundles.pop(name, None)
+            self._single.pop(name, None)
+            self.store.drop(name)
+        if output.preempted_req_ids and not self.idle:
             again = output.scheduled_cached_reqs.resumed_req_ids | {new.req_id for new in output.scheduled_new_reqs}
             for name in output.preempted_req_ids:
                 owner = mixture_id(name)
                 # A scaling sequence preempted in the step in which its request still uses what is there: the next
                 # step preempts that one, too.
                 if owner not in output.num_scheduled_tokens or owner in again:
-                    self.store.drop(scaling_id(owner))
+                    self.store.drop(owner)
         for new in output.scheduled_new_reqs:
             if is_scaling(new.req_id):
                 self._bundles[new.req_id] = new.sampling_params.extra_args[BUNDLE_ARG]
+            elif (source := source_of(new.lora_request)) is not None and source.routing_passes == 1:
+                sent = client_tokens(len(new.prompt_token_ids or ()), new.sampling_params)
+                self._single[new.req_id] = SinglePass(new.lora_request, sent, source.prefill)
 
     @property
     def idle(self) -> bool:
         """Whether there is no mixture's request."""
-        return not self._bundles
+        return not self._bundles and not self._single
+
+    def in_two_passes(self, request_id: str) -> bool:
+        """Whether a mixture's request and its scaling sequence have the same tokens to the end."""
+        return request_id not in self._single
 
     def hand_over(self, rows: Sequence[Row]) -> None:
         """Before the forward pass: the gates of the batch's rows, to the kernels."""
@@ -88,30 +116,47 @@ class MixtureStep:
         self._lap()
 
     def _span(self, row: Row, routing: SlotRouting | None) -> Span:
-        if not is_scaling(row.request_id):
-            return Span(scaling_id(row.request_id), row.position, row.num_tokens)
-        assert routing is not None
-        return Span(row.request_id, row.position, row.num_tokens, routing.scaling_pass_gates)
+        single = self._single.get(row.request_id)
+        if is_scaling(row.request_id) or (single is not None and single.prefill == "lagged" and row.position == 0):
+            assert routing is not None
+            return Span(row.request_id, row.position, row.num_tokens, routing.scaling_pass_gates)
+        return Span(row.request_id, row.position, row.num_tokens)
 
     def make(self, rows: Sequence[Row], hidden: Tensor) -> None:
-        """After the forward pass: gates of scaling sequences' tokens, from `hidden [num_tokens or more, hidden]`."""
+        """After the forward pass: gates of tokens to come, from `hidden [num_tokens or more, hidden]`."""
         self._lap()
-        by_bundle: dict[int, list[Row]] = {}
+        by_bundle: dict[int, list[_Making]] = {}
         for row in rows:
-            if is_scaling(row.request_id):
-                by_bundle.setdefault(self._bundles[row.request_id].lora_int_id, []).append(row)
-        for sequences in by_bundle.values():
-            routing = self._routing(self._bundles[sequences[0].request_id])
-            gates = self._gates(routing, _picked(hidden, sequences))
+            making = self._making(row)
+            if making is not None:
+                by_bundle.setdefault(making.bundle.lora_int_id, []).append(making)
+        for makings in by_bundle.values():
+            routing = self._routing(makings[0].bundle)
+            gates = self._gates(routing, _picked(hidden, makings))
             first = 0
-            for row in sequences:
-                self.store.put(row.request_id, row.position, gates, first, row.num_tokens)
-                first += row.num_tokens
+            for each in makings:
+                alike = each.num_rows < each.num_tokens
+                source, start = (gates[first : first + 1], 0) if alike else (gates, first)
+                self.store.put(each.request_id, each.position, source, start, each.num_tokens)
+                first += each.num_rows
             if self._tally is not None:
                 self._tally.add(routing.name, routing.routing, gates)
         for entry in BATCH.xlora():
             entry.gates = None  # used once: a step that forgot to set them must fail, not be wrong
         self._lap()
+
+    def _making(self, row: Row) -> _Making | None:
+        """What hidden states are for: a scaling sequence's for the same tokens, a request's last for the next."""
+        if is_scaling(row.request_id):
+            owner, count = mixture_id(row.request_id), row.num_tokens
+            return _Making(self._bundles[row.request_id], owner, row.position, count, row.first, count)
+        single, end = self._single.get(row.request_id), row.position + row.num_tokens
+        if single is None or (single.prefill == "exact" and end < single.num_client_tokens):
+            return None
+        if segment_end(end - 1, single.num_client_tokens, single.prefill) > end:
+            return None  # amid a segment
+        count = segment_end(end, single.num_client_tokens, single.prefill) - end
+        return _Making(single.bundle, row.request_id, end, count, row.first + row.num_tokens - 1, 1)
 
     def _gates(self, routing: SlotRouting, hidden: Tensor) -> Tensor:
         """`[num_rows, M, K]`, made by the first rank for all: near a top-k's edge ranks may differ in the last bit."""
@@ -137,12 +182,12 @@ class MixtureStep:
             self._tally.lap()
 
 
-def _picked(hidden: Tensor, rows: Sequence[Row]) -> Tensor:
-    """The hidden states `[num_rows, hidden]` of these rows."""
-    first, last = rows[0].first, rows[-1].first + rows[-1].num_tokens
-    if last - first == sum(row.num_tokens for row in rows):
+def _picked(hidden: Tensor, makings: Sequence[_Making]) -> Tensor:
+    """The hidden states `[num_rows, hidden]` that gates are made of."""
+    first, last = makings[0].first, makings[-1].first + makings[-1].num_rows
+    if last - first == sum(each.num_rows for each in makings):
         return hidden[first:last]
-    index = np.concatenate([np.arange(row.first, row.first + row.num_tokens) for row in rows])
+    index = np.concatenate([np.arange(each.first, each.first + each.num_rows) for each in makings])
     return hidden.index_select(0, async_tensor_h2d(index, device=hidden.device))
 
 

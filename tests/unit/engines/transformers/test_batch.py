@@ -91,8 +91,7 @@ def test_base_adapter_and_bundle_in_one_batch_equal_peft(folder: Path, tmp_path:
     prepare_lora(source, linears, tmp_path / "plain-prepared", max_rank=64)
     bundle = tiny_bundle(tmp_path / "blend", folder, adapters=adapters, seed=3, scaling_pass_value=0.3, depth=2)
     prepare_bundle(
-        bundle, linears, tmp_path / "blend-prepared", hidden_size=64, top_k=None, temperature=None,
-        mixing_mode=None, max_rank=64,
+        bundle, linears, tmp_path / "blend-prepared", hidden_size=64, max_rank=64,
     )  # fmt: skip
     plain, blend = Adapter.load(tmp_path / "plain-prepared"), Adapter.load(tmp_path / "blend-prepared")
     runner = BatchRunner(load(folder, ATTENTION if batching else "eager"), batching=batching)

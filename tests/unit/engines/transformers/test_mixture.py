@@ -23,8 +23,7 @@ def test_figures_are_those_of_the_references_gates(tmp_path: Path, batching: boo
     folder = tiny_model(tmp_path / "model", "llama")
     bundle = tiny_bundle(tmp_path / "blend", folder, seed=3)
     prepare_bundle(
-        bundle, linear_modules(str(folder)), tmp_path / "prepared", hidden_size=64, top_k=None, temperature=None,
-        mixing_mode=None, max_rank=64,
+        bundle, linear_modules(str(folder)), tmp_path / "prepared", hidden_size=64, max_rank=64,
     )  # fmt: skip
     blend = Adapter.load(tmp_path / "prepared")
     attention = ATTENTION if batching else "eager"

@@ -33,7 +33,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.models import tiny_model
-from xloom.vllm.plugin.pairs import is_scaling, mixture_id, scaling_id
+from xloom.mixtures.single_pass import LONGEST, segment_end
+from xloom.vllm.plugin.pairs import PROMPT_ARG, GateSource, is_scaling, mixture_id, source_of
 from xloom.vllm.plugin.scheduler import AsyncMixtureScheduler, MixtureScheduler
 
 PAGE, MODEL_LEN = 16, 128
@@ -44,10 +45,15 @@ FOLDERS: dict[str, Path] = {}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("scheduler")
     FOLDERS["model"] = tiny_model(root / "model", "llama")
-    for name, value in {"blend": 0.0, "other": 0.0, "constant": 0.5}.items():
+    bundles = {
+        "blend": (0.0, 2, "exact"), "other": (0.0, 2, "exact"), "constant": (0.5, 2, "exact"),
+        "single": (0.0, 1, "exact"), "single-constant": (0.5, 1, "exact"), "lagged": (0.0, 1, "lagged"),
+    }  # fmt: skip
+    for name, source in bundles.items():
         FOLDERS[name] = root / name
         FOLDERS[name].mkdir()
-        (FOLDERS[name] / "xlora.json").write_text(json.dumps({"routing": {"scaling_pass_value": value}}))
+        routing = dict(zip(GateSource._fields, source, strict=True))
+        (FOLDERS[name] / "xlora.json").write_text(json.dumps({"routing": routing}))
     FOLDERS["adapter"] = root / "adapter"
     FOLDERS["adapter"].mkdir()
     init_none_hash(sha256)
@@ -91,6 +97,7 @@ class Played:
     gates: dict[str, set[int]] = field(default_factory=dict)  # request -> positions that have gates, unused
     computed: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)  # request -> sampled, seen by the scheduler
+    cached: dict[str, int] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     ahead: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = field(default_factory=deque)
 
@@ -117,12 +124,15 @@ class Played:
         again = set(new) | cached.resumed_req_ids
         for name in output.finished_req_ids | (output.preempted_req_ids or set()):
             owner = mixture_id(name)
-            if name in output.finished_req_ids or owner not in counts or owner in again:
+            ended = name in output.finished_req_ids
+            if name == owner if ended else (owner not in counts or owner in again):
                 self.gates.pop(owner, None)
         sampled: dict[str, list[int]] = {}
         made: dict[str, set[int]] = {}
         for name, count in counts.items():
-            request, start = scheduler.requests[name], starts[name]
+            start = starts[name]
+            # A scaling sequence that has computed its prompt is gone by now.
+            request = scheduler.requests.get(name) or scheduler.pairs[mixture_id(name)].scaling
             on_its_way = request.num_output_placeholders
             if is_scaling(name) and request.mixture.num_stale_output_tokens:
                 on_its_way = 1  # its request was preempted later in this very step, and its token comes all the same
@@ -133,16 +143,23 @@ class Played:
             positions = set(range(start, start + count))
             if is_scaling(name):
                 made[mixture_id(name)] = positions
-            elif name in scheduler.pairs:
+            elif (source := source_of(request.lora_request)) is not None:
                 waiting = self.gates.get(name, set())
+                if source.prefill == "lagged":
+                    waiting = waiting | {0}
                 assert positions <= waiting, f"{name} computes {sorted(positions - waiting)} without gates"
-                waiting -= positions
+                self.gates[name] = waiting - positions
+                if source.routing_passes == 1:
+                    end, sent = start + count, request.num_client_tokens
+                    begins = end >= sent if source.prefill == "exact" else segment_end(end - 1, sent, "lagged") == end
+                    if begins:
+                        made[name] = set(range(end, segment_end(end, sent, source.prefill)))
             sampled[name] = [] if request.is_prefill_chunk else [7]
         for owner, positions in made.items():
             kept = self.gates.setdefault(owner, set())
             assert not kept & positions
             kept |= positions
-            assert len(kept) <= 2 * scheduler.max_num_scheduled_tokens  # what gates may take
+            assert len(kept) <= 2 * scheduler.max_num_scheduled_tokens + LONGEST  # what gates may take
         names = list(counts)
         return ModelRunnerOutput(
             req_ids=names,
@@ -155,8 +172,46 @@ class Played:
             for each in outputs.outputs:
                 assert not is_scaling(each.request_id)
                 self.tokens[each.request_id] = self.tokens.get(each.request_id, 0) + len(each.new_token_ids)
+                if each.prefill_stats is not None:
+                    self.cached[each.request_id] = each.prefill_stats.num_cached_tokens
                 if each.finish_reason is not None:
                     self.ended[each.request_id] = str(each.finish_reason)
+
+
+def made_request(name: str, kind: str, prompt: list[int], new: int, sent: int | None = None, **options: Any) -> Request:
+    lora = None
+    if kind != "base":
+        number = list(FOLDERS).index(kind)
+        lora = LoRARequest(lora_name=f"{kind}@1", lora_int_id=number, lora_path=str(FOLDERS[kind]))
+    return Request(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling_params=SamplingParams(
+            max_tokens=new, ignore_eos=True, extra_args=None if sent is None else {PROMPT_ARG: sent}
+        ),
+        pooling_params=None,
+        lora_request=lora,
+        block_hasher=get_request_block_hasher(PAGE, sha256),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("blend", 3 * PAGE), ("single", PAGE), ("lagged", 0)])
+def test_in_one_pass_pages_of_an_answer_are_nobodys_prompt(kind: str, shared: int) -> None:
+    scheduler = make_scheduler(asynchronous=False, policy="fcfs", pages=40, budget=256, limit=4)
+    played = Played(scheduler, depth=1)
+
+    def run(request: Request) -> Request:
+        scheduler.add_request(request)
+        while request.request_id not in played.ended:
+            played.step()
+        return request
+
+    first = run(made_request("first", kind, list(range(PAGE + 2)), 3 * PAGE))
+    dialogue = [*first.all_token_ids[: 3 * PAGE], 1, 2]
+    run(made_request("base", "base", dialogue, 1))  # the base model's pages of the same tokens are there
+    run(made_request("again", kind, dialogue, 1))
+    assert played.cached["again"] == shared
 
 
 class Pairs(RuleBasedStateMachine):
@@ -179,30 +234,21 @@ class Pairs(RuleBasedStateMachine):
         self.still = 0
 
     @rule(
-        kind=st.sampled_from(["base", "adapter", "blend", "blend", "other", "constant"]),
+        kind=st.sampled_from(
+            ["base", "adapter", "blend", "blend", "other", "constant", "single", "single", "single-constant", "lagged"]
+        ),
         prefix=st.sampled_from([0, 0, 16, 33, 50]),
         own=st.integers(1, 40),
         new=st.integers(1, 25),
         priority=st.integers(0, 2),
+        generated=st.sampled_from([0, 0, 0, 5]),
     )
-    def arrive(self, kind: str, prefix: int, own: int, new: int, priority: int) -> None:
+    def arrive(self, kind: str, prefix: int, own: int, new: int, priority: int, generated: int) -> None:
         self.count += 1
         name = f"r{self.count}"
-        lora = None
-        if kind != "base":
-            number = list(FOLDERS).index(kind)
-            lora = LoRARequest(lora_name=f"{kind}@1", lora_int_id=number, lora_path=str(FOLDERS[kind]))
         prompt = [3] * prefix + [1000 * self.count + place for place in range(own)]
-        request = Request(
-            request_id=name,
-            prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=new, ignore_eos=True),
-            pooling_params=None,
-            lora_request=lora,
-            arrival_time=float(self.count),
-            priority=priority,
-            block_hasher=get_request_block_hasher(PAGE, sha256),
-        )
+        sent = max(1, len(prompt) - generated)
+        request = made_request(name, kind, prompt, new, sent, arrival_time=float(self.count), priority=priority)
         self.wanted[name] = min(new, MODEL_LEN - len(prompt))
         self.scheduler.add_request(request)
 
@@ -240,7 +286,10 @@ class Pairs(RuleBasedStateMachine):
             return
         for name, mixture in self.scheduler.pairs.items():
             assert self.scheduler.requests[name] is mixture
-            assert self.scheduler.requests[scaling_id(name)] is mixture.scaling
+            assert self.scheduler.requests.get(mixture.scaling.request_id) is (
+                None if name in self.scheduler._alone else mixture.scaling
+            )
+            assert name not in self.scheduler._alone or mixture.prompt_is_scaled
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -258,8 +307,8 @@ class Pairs(RuleBasedStateMachine):
         scheduler = self.scheduler
         pool = scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-        left = (scheduler.requests, scheduler.pairs, scheduler.running, scheduler._parked, scheduler._half_preempted)
-        assert [len(each) for each in (*left, scheduler._hits)] == [0] * 6
+        left = (scheduler.requests, scheduler.pairs, scheduler.running, scheduler._parked, scheduler._alone)
+        assert [len(each) for each in (*left, scheduler._half_preempted, scheduler._hits)] == [0] * 7
         assert (len(scheduler.waiting), len(scheduler.kv_holding_waiting)) == (0, 0)
         assert scheduler.reset_prefix_cache()
 
