@@ -47,8 +47,8 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """How replicas report it: name@generation."""
-        return f"{self.name}@{self.generation}"
+        """How replicas report it."""
+        return self.ref.key
 
 
 class Manifest(msgspec.Struct, frozen=True):

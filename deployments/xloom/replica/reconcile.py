@@ -192,8 +192,8 @@ class Reconciler:
     async def _report(self) -> None:
         while True:
             self._news.clear()
-            resident = sorted(f"{ref.name}@{ref.generation}" for ref in self._resident)
-            failed = {f"{ref.name}@{ref.generation}": why for ref, why in self._failed.items()}
+            resident = sorted(ref.key for ref in self._resident)
+            failed = {ref.key: why for ref, why in self._failed.items()}
             try:
                 await self._store.report(self._replica_id, self._node_id, resident, failed)
             except Exception as error:

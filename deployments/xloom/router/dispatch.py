@@ -123,7 +123,7 @@ class Dispatcher:
             self._fail(flight, error)
             return
         adapter = flight.request.adapter
-        key = f"{adapter.name}@{adapter.generation}" if adapter else None
+        key = adapter.key if adapter else None
         links = {link.info.replica_id: link for link in self.directory.links}
         candidates = [
             Candidate(

@@ -145,7 +145,7 @@ class TransformersBackend(LLMBackend):
             waiting=waiting,
             kv_pages_used=pages,
             kv_pages_total=self._pages,
-            adapters=[f"{ref.name}@{ref.generation}" for ref in self._adapters],
+            adapters=[ref.key for ref in self._adapters],
         )
 
     async def mixture(self) -> MixtureFigures | None:
@@ -156,7 +156,7 @@ class TransformersBackend(LLMBackend):
 
         adapter = await asyncio.to_thread(Adapter.load, path, self._loaded.device, self._loaded.dtype)
         adapter.check(self._modules)
-        self._adapters[ref] = dataclasses.replace(adapter, name=f"{ref.name}@{ref.generation}")
+        self._adapters[ref] = dataclasses.replace(adapter, name=ref.key)
 
     async def remove_adapter(self, ref: AdapterRef) -> None:
         self._adapters.pop(ref, None)  # requests that run with it keep it until their end
