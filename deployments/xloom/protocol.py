@@ -1,4 +1,4 @@
-"""The messages between router and replica, and the errors every room raises.
+"""The messages between router and replica, and the errors every part of xloom raises.
 
 Frames are msgpack, each behind a four-byte big-endian length. A router opens one connection to each
 replica; over it go submissions and aborts one way, and one `Step` for each engine step the other way.
