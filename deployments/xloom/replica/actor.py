@@ -105,8 +105,8 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Drain, then stop the engine. Serve awaits this before it kills the actor.
 
-        `UserCallableWrapper.call_destructor`, called from `ReplicaBase.shutdown` within
-        graceful_shutdown_timeout_s; ray/serve/_private/replica.py, 2.60.
+        `UserCallableWrapper.call_destructor`, called from `Replica.shutdown` within graceful_shutdown_timeout_s;
+        ray/serve/_private/replica.py, 2.60.
         """
         if getattr(self, "_closed", True):
             return
