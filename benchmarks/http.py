@@ -20,10 +20,10 @@ from rich.console import Console
 from xloom.settings import SAMPLE
 
 from .client import Client, ClientError, Load
-from .duel import Duel, Side, run_duel
 from .http_tables import tables
 from .machine import machine, machine_line
 from .servers import KINDS, MODEL, Server, StartError
+from .side_by_side import Side, SideBySide, run_side_by_side
 from .tables import markdown
 
 BASELINE = "vllm"
@@ -40,9 +40,9 @@ def load(concurrent: int, scale: float) -> Load:
 
 def measure(
     model: Path, rivals: list[str], loads: list[Load], rounds: int, folder: Path, *, compiled: bool
-) -> tuple[list[Duel], list[str]]:
-    """The duels that could be fought, and a line for each that could not."""
-    duels, missed = [], []
+) -> tuple[list[SideBySide], list[str]]:
+    """The comparisons that could be made, and a line for each that could not."""
+    compared, missed = [], []
     with console.status("Starting the client") as status, Client(model, MODEL, folder) as client:
 
         def tell(text: str) -> None:
@@ -57,15 +57,15 @@ def measure(
                 tell(f"Starting {name}")
                 try:
                     with Server(KINDS[name], model, folder, compiled=compiled) as rival:
-                        duels.append(run_duel(baseline, rival, client, loads, rounds, tell))
+                        compared.append(run_side_by_side(baseline, rival, client, loads, rounds, tell))
                         tell(f"Stopping {name}")
                 except (StartError, ClientError) as error:
                     console.print(str(error), style="red", markup=False, highlight=False)
                     missed.append(f"{KINDS[name].text} did not run here.")
-    return duels, missed
+    return compared, missed
 
 
-def raw(duels: list[Duel]) -> list[dict[str, Any]]:
+def raw(compared: list[SideBySide]) -> list[dict[str, Any]]:
     """All runs, for those who want other statistics."""
 
     def side(of: Side) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def raw(duels: list[Duel]) -> list[dict[str, Any]]:
             "memory": {part: dataclasses.asdict(found) for part, found in of.memory.items()},
         }
 
-    return [{"baseline": side(duel.baseline), "rival": side(duel.rival)} for duel in duels]
+    return [{"baseline": side(both.baseline), "rival": side(both.rival)} for both in compared]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -124,18 +124,18 @@ def main() -> int:
             folder.mkdir(parents=True)
         try:
             model, compiled = options.model.resolve(), not options.eager
-            duels, missed = measure(model, rivals, loads, options.rounds, folder, compiled=compiled)
+            compared, missed = measure(model, rivals, loads, options.rounds, folder, compiled=compiled)
         except (StartError, ClientError) as error:
             console.print(str(error), style="red", markup=False, highlight=False)
             return 1
-    if not duels:
+    if not compared:
         return 1
-    shown = tables(duels, loads, options.rounds, missed)
-    result = {"name": "http", "machine": found, "tables": shown, "raw": raw(duels)}
+    shown = tables(compared, loads, options.rounds, missed)
+    result = {"name": "http", "machine": found, "tables": shown, "raw": raw(compared)}
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(machine_line(found))
-    if any(duel.disturbed(each.concurrent) for duel in duels for each in loads):
+    if any(both.disturbed(each.concurrent) for both in compared for each in loads):
         console.print("Other processes kept this machine busy: these figures are not results.", style="red")
     for table in shown:
         print(f"\n{markdown(table)}")

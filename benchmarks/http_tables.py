@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .client import Load
-from .duel import Duel, Side
 from .metrics import ENGINE, FIRST_TOKEN
 from .processes import MIB
 from .servers import KINDS
+from .side_by_side import Side, SideBySide
 from .tables import Table
 
 # In the order in which a request meets them.
@@ -18,35 +18,36 @@ PARTS = (
 )  # fmt: skip
 
 
-def tables(duels: Sequence[Duel], loads: Sequence[Load], rounds: int, missed: Sequence[str]) -> list[Table]:
+def tables(compared: Sequence[SideBySide], loads: Sequence[Load], rounds: int, missed: Sequence[str]) -> list[Table]:
     """All tables, the comparison first."""
-    made = [throughput(duels, loads, rounds, missed), first_token(duels, loads)]
+    made = [throughput(compared, loads, rounds, missed), first_token(compared, loads)]
     counts = [load.concurrent for load in loads]
-    made.append(processor(duels, max(counts)))
+    made.append(processor(compared, max(counts)))
     if 1 in counts:
-        made.append(first_token_split(duels))
-    made.append(memory(duels))
+        made.append(first_token_split(compared))
+    made.append(memory(compared))
     return made
 
 
-def throughput(duels: Sequence[Duel], loads: Sequence[Load], rounds: int, missed: Sequence[str]) -> Table:
+def throughput(compared: Sequence[SideBySide], loads: Sequence[Load], rounds: int, missed: Sequence[str]) -> Table:
     """Output tokens a second, and what share of the baseline's that is."""
     rows = []
     for load in loads:
-        for duel in duels:
-            ratios = duel.ratios(load.concurrent)
+        for both in compared:
+            ratios = both.ratios(load.concurrent)
+            mark = " (disturbed)" if both.disturbed(load.concurrent) else ""
             rows.append(
                 [
-                    f"{load.concurrent}, {duel.rival.name}",
-                    f"{duel.baseline.median(load.concurrent, lambda sample: sample.run.throughput):,.0f}",
-                    f"{duel.rival.median(load.concurrent, lambda sample: sample.run.throughput):,.0f}",
-                    f"{duel.ratio(load.concurrent):.2f}",
+                    f"{load.concurrent}, {both.rival.name}",
+                    f"{both.baseline.median(load.concurrent, lambda sample: sample.run.throughput):,.0f}",
+                    f"{both.rival.median(load.concurrent, lambda sample: sample.run.throughput):,.0f}",
+                    f"{both.ratio(load.concurrent):.2f}",
                     f"{min(ratios):.2f} to {max(ratios):.2f}",
-                    f"{duel.strangers(load.concurrent):.2f}{' (disturbed)' if duel.disturbed(load.concurrent) else ''}",
+                    f"{both.other_cores(load.concurrent):.2f}{mark}",
                 ]
             )
     sizes = ", ".join(f"{load.requests} requests at {load.concurrent}" for load in loads)
-    legend = "; ".join(f"{duel.rival.name}: {KINDS[duel.rival.name].text}" for duel in duels)
+    legend = "; ".join(f"{both.rival.name}: {KINDS[both.rival.name].text}" for both in compared)
     notes = (
         f"Medians of {rounds} alternating rounds, {sizes}; {loads[0].input_tokens} random prompt tokens and "
         f"{loads[0].output_tokens} output tokens each, streamed. {legend}. The last column is "
@@ -64,20 +65,20 @@ def throughput(duels: Sequence[Duel], loads: Sequence[Load], rounds: int, missed
     return {"title": "HTTP throughput (output tokens/s)", "columns": columns, "rows": rows, "notes": notes.strip()}
 
 
-def first_token(duels: Sequence[Duel], loads: Sequence[Load]) -> Table:
+def first_token(compared: Sequence[SideBySide], loads: Sequence[Load]) -> Table:
     """Latencies the client saw."""
     rows = []
     for load in loads:
-        for duel in duels:
-            sides = (duel.baseline, duel.rival)
+        for both in compared:
+            sides = (both.baseline, both.rival)
             firsts = [side.median(load.concurrent, lambda sample: sample.run.ttft) for side in sides]
             between = [side.median(load.concurrent, lambda sample: sample.run.tpot) for side in sides]
             rows.append(
                 [
-                    f"{load.concurrent}, {duel.rival.name}",
+                    f"{load.concurrent}, {both.rival.name}",
                     f"{firsts[0]:.1f}",
                     f"{firsts[1]:.1f}",
-                    f"{duel.added_first_token(load.concurrent):+.1f}",
+                    f"{both.added_first_token(load.concurrent):+.1f}",
                     f"{between[0]:.2f}",
                     f"{between[1]:.2f}",
                 ]
@@ -89,9 +90,9 @@ def first_token(duels: Sequence[Duel], loads: Sequence[Load]) -> Table:
     return {"title": "Time to first token (ms)", "columns": columns, "rows": rows, "notes": notes}
 
 
-def processor(duels: Sequence[Duel], concurrent: int) -> Table:
+def processor(compared: Sequence[SideBySide], concurrent: int) -> Table:
     """Microseconds of processor time per output token, and idle load."""
-    sides = [duels[0].baseline, *(duel.rival for duel in duels)]
+    sides = [compared[0].baseline, *(both.rival for both in compared)]
     spent = [side.cpu_per_token(concurrent) for side in sides]
     rows = _by_part(spent, lambda value: f"{value:.1f}")
     rows.append(["sum", *(f"{sum(each.values()):.1f}" for each in spent)])
@@ -106,10 +107,10 @@ def processor(duels: Sequence[Duel], concurrent: int) -> Table:
     }
 
 
-def first_token_split(duels: Sequence[Duel]) -> Table:
+def first_token_split(compared: Sequence[SideBySide]) -> Table:
     """Mean time to first token at one client, by stage."""
     stages = ("client to front end and back", "front end", "engine, and the way to it")
-    sides = [duels[0].baseline, *(duel.rival for duel in duels)]
+    sides = [compared[0].baseline, *(both.rival for both in compared)]
     columns = [(side, _stages(side)) for side in sides]
     shown = [(side, found) for side, found in columns if found is not None]
     rows: list[list[str]] = [
@@ -136,9 +137,9 @@ def _stages(side: Side) -> tuple[float, float, float] | None:
     return client - front, front - engine, engine
 
 
-def memory(duels: Sequence[Duel]) -> Table:
+def memory(compared: Sequence[SideBySide]) -> Table:
     """Peak and proportional memory by part."""
-    sides = [duels[0].baseline, *(duel.rival for duel in duels)]
+    sides = [compared[0].baseline, *(both.rival for both in compared)]
     rows = []
     for part in PARTS:
         found = [side.memory.get(part) for side in sides]

@@ -18,8 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from xloom.quantization.cache import read_done
 from xloom.quantization.evaluation import held_out_windows, model_perplexity
+from xloom.quantization.model_cache import read_done
 from xloom.quantization.quantise import plan, quantised_folder
 from xloom.quantization.recipes import BITS, METHODS, cases
 from xloom.quantization.source import plain_model
@@ -60,7 +60,7 @@ async def engine(folder: str, compiled: bool) -> Driver:
     return driver
 
 
-async def duel(plain: Driver, folder: str, rounds: int, compiled: bool) -> Speeds:
+async def compare_speed(plain: Driver, folder: str, rounds: int, compiled: bool) -> Speeds:
     """Both engines under the same loads in turn: the quantised one's tokens a second by the plain one's."""
     quantised, ratios = await engine(folder, compiled), []
     try:
@@ -93,7 +93,9 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 calibration_samples=arguments.samples,
             )
             made = await asyncio.to_thread(quantise, model, isq, windows)
-            made["speed"] = await duel(plain, made["folder"], arguments.rounds, arguments.compiled) if plain else {}
+            made["speed"] = (
+                await compare_speed(plain, made["folder"], arguments.rounds, arguments.compiled) if plain else {}
+            )
             found["cases"].append(made)
             size = made["linear_bytes"][1] / made["linear_bytes"][0]
             console.print(

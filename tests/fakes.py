@@ -106,10 +106,10 @@ class FakeBackend(LLMBackend):
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
         if ref.name in self.refused:
             raise self.refused[ref.name]
-        self.adapters[f"{ref.name}@{ref.generation}"] = ref
+        self.adapters[ref.key] = ref
 
     async def remove_adapter(self, ref: AdapterRef) -> None:
-        self.adapters.pop(f"{ref.name}@{ref.generation}", None)
+        self.adapters.pop(ref.key, None)
 
     async def check_health(self) -> None:
         if self._death is not None:

@@ -1,4 +1,4 @@
-"""The composition root: settings become a Serve application. Nothing else knows all rooms."""
+"""The composition root: settings become a Serve application. Nothing else knows all packages."""
 
 from __future__ import annotations
 

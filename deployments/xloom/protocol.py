@@ -1,4 +1,4 @@
-"""The messages between router and replica, and the errors every room raises.
+"""The messages between router and replica, and the errors every part of xloom raises.
 
 Frames are msgpack, each behind a four-byte big-endian length. A router opens one connection to each
 replica; over it go submissions and aborts one way, and one `Step` for each engine step the other way.
@@ -25,12 +25,28 @@ class XloomError(Exception):
         return f"{self.message} {self.cure}".strip() + f" [{self.code}]"
 
 
+def adapter_key(name: str, generation: str) -> str:
+    """`name@generation`: an adapter at one generation as text, in reports, logs and vLLM's own names for it."""
+    return f"{name}@{generation}"
+
+
+def split_adapter_key(key: str) -> tuple[str, str]:
+    """The name and the generation in an `adapter_key`; text without a generation is a name, with ""."""
+    name, separator, generation = key.rpartition("@")
+    return (name, generation) if separator else (key, "")
+
+
 class AdapterRef(msgspec.Struct, frozen=True):
     """What a request is served with: an adapter or bundle at one generation (its content hash)."""
 
     name: str
     generation: str  # hex digest of the prepared content, overrides included
     kind: str  # "lora" or "xlora"
+
+    @property
+    def key(self) -> str:
+        """Its `adapter_key`."""
+        return adapter_key(self.name, self.generation)
 
 
 class Overrides(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -95,7 +111,7 @@ class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_pages_used: int = 0
     kv_pages_total: int = 0
     preemptions: int = 0  # since the engine started
-    adapters: list[str] = []  # resident, as name@generation
+    adapters: list[str] = []  # resident, each as its `adapter_key`
 
     @property
     def kv_occupancy(self) -> float:

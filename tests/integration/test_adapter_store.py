@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
-from xloom.adapters.cache import NodeCache
+from xloom.adapters.adapter_cache import AdapterCache
 from xloom.adapters.client import StoreClient, open_store
 from xloom.adapters.manifest import generation_of
 from xloom.adapters.residency import Refusal
@@ -81,7 +81,7 @@ async def test_what_is_added_is_listed_and_comes_through_the_object_store(
     assert [(entry.name, entry.kind) for entry in await store.entries()] == [("code", "lora"), ("blend", "xlora")]
     files = await store.fetch(blend.generation)
     assert generation_of(files) == blend.generation
-    path = await NodeCache(tmp_path / "node").ensure(code, store.fetch)
+    path = await AdapterCache(tmp_path / "node").ensure(code, store.fetch)
     assert (path / "adapter_model.safetensors").is_file()
     again = await open_store(str(folder), str(sources["base"]), reserved_names=["base"])
     assert await process_id(again) == await process_id(store)

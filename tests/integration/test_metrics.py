@@ -22,7 +22,7 @@ from xloom.adapters.client import StoreClient, open_store
 from xloom.observability.table import METRICS, Metric
 from xloom.protocol import XloomError
 
-from .rooms import Pressed, Rooms
+from .metrics_writers import MetricsWriters, Pressed
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,8 +61,8 @@ def exporter() -> Iterator[str]:
 def samples(exporter: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samples]:
     """All samples, once everything that is counted has happened and been exported."""
     folder = tmp_path_factory.mktemp("metrics")
-    rooms = ray.remote(num_cpus=0)(Rooms).remote()
-    store = asyncio.run(_fill_and_serve(folder, rooms))
+    writers = ray.remote(num_cpus=0)(MetricsWriters).remote()
+    store = asyncio.run(_fill_and_serve(folder, writers))
     _scale()
     deadline = time.monotonic() + 120
     while True:
@@ -74,10 +74,10 @@ def samples(exporter: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     yield found
     serve.shutdown()
     store.stop()
-    ray.kill(rooms)
+    ray.kill(writers)
 
 
-async def _fill_and_serve(folder: Path, rooms: ray.actor.ActorHandle) -> StoreClient:
+async def _fill_and_serve(folder: Path, writers: ray.actor.ActorHandle) -> StoreClient:
     base = tiny_model(folder / "base", "llama")
     code = tiny_adapter(folder / "code", base, rank=4, targets=ATTENTION)
     docs = tiny_adapter(folder / "docs", base, rank=4, targets=ATTENTION, seed=3)
@@ -88,7 +88,7 @@ async def _fill_and_serve(folder: Path, rooms: ray.actor.ActorHandle) -> StoreCl
         await store.add("code", str(docs))
     with pytest.raises(XloomError):
         await store.remove("none")
-    await rooms.live.remote(store, str(folder / "node"), entry.ref)
+    await writers.live.remote(store, str(folder / "node"), entry.ref)
     await store.fetch(entry.generation)
     await store.fetch(entry.generation)
     await store.remove("docs")

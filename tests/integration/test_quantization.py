@@ -29,9 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from xloom.mixtures.reference import Reference
 from xloom.protocol import AdapterRef, XloomError
 from xloom.quantization import overlay, quantise
-from xloom.quantization.cache import read_done
 from xloom.quantization.checkpoint import load_dequantised, round_tokens, rounds_activations
 from xloom.quantization.folding import read_folding
+from xloom.quantization.model_cache import read_done
 from xloom.quantization.quantise import plan, quantised, quantised_folder
 from xloom.quantization.source import plain_model
 from xloom.settings import IsqSettings, ModelSettings

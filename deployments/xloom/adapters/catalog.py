@@ -18,9 +18,10 @@ import msgspec
 
 from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
-from xloom.adapters.manifest import Entry, Manifest, ManifestFile, generation_of, read_files, sync_folder
+from xloom.adapters.manifest import Entry, Manifest, ManifestFile, generation_of, read_files
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
+from xloom.storage.durable import sync, sync_tree
 
 if TYPE_CHECKING:
     from xloom.mixtures.prepare import Prepared
@@ -183,9 +184,9 @@ class AdapterCatalog:
             kept = self._replaced
             try:
                 if not target.is_dir():
-                    _sync_files(staged.folder)
+                    sync_tree(staged.folder)
                     os.replace(staged.folder, target)
-                    sync_folder(self._prepared)
+                    sync(self._prepared)
                 self._replaced = kept | ({entry.name: old} if old else {})
                 self._change(self._manifest.with_entry(entry))
             except OSError as error:
@@ -270,13 +271,6 @@ class AdapterCatalog:
             self._manifest = self._manifest.without(entry.name)
         if missing:
             self._file.save(self._manifest)
-
-
-def _sync_files(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 @contextmanager

@@ -158,7 +158,7 @@ async def open_store(
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
-            # On the head, where its disk is: without CPUs it may land anywhere. HEAD_NODE_RESOURCE_NAME, Ray 2.60.
+            # On the head, where its disk is: without CPUs it may be placed anywhere. HEAD_NODE_RESOURCE_NAME, Ray 2.60.
             resources={"node:__internal_head__": 0.001},
             max_restarts=-1,
             # Calls that died with the actor are repeated by StoreClient, which knows what repeating one means.

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from xloom.protocol import NO_OVERRIDES, AdapterRef, Overrides, XloomError
+from xloom.storage.durable import sync, write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """How replicas report it: name@generation."""
-        return f"{self.name}@{self.generation}"
+        """How replicas report it."""
+        return self.ref.key
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -77,23 +78,6 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names (files made, renamed) are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class ManifestFile:
     """The manifest on disk: `manifest.json`, and `manifest.json.bak`, written right after it."""
 
@@ -129,7 +113,7 @@ class ManifestFile:
             temporary = target.with_name(target.name + ".tmp")
             write_synced(temporary, data)
             os.replace(temporary, target)
-            sync_folder(target.parent)
+            sync(target.parent)
 
     @staticmethod
     def _read(path: Path) -> Manifest | None:

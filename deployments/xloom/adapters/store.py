@@ -19,7 +19,7 @@ from xloom.adapters.residency import NOT_VERIFIED, Refusal, ReplicaReport, Resid
 from xloom.observability import table
 from xloom.observability.logs import configure
 from xloom.observability.recorder import RECORDER
-from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_key
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -173,7 +173,7 @@ class AdapterStore:
         proof), adapter_superseded (it was replaced or removed meanwhile), adapter_not_resident (time is up).
         """
         catalog = await self._catalog()
-        key = f"{name}@{generation}"
+        key = adapter_key(name, generation)
 
         def settled() -> bool:
             entry = catalog.manifest.get(name)
@@ -196,7 +196,7 @@ class AdapterStore:
 
     async def await_absent(self, name: str, generation: str, timeout_s: float) -> None:
         """Wait until no live replica holds an entry any more. Raises `XloomError` (adapter_not_resident)."""
-        key = f"{name}@{generation}"
+        key = adapter_key(name, generation)
         if not await self._until(lambda: self._settled() and not self._residency.holding(key), timeout_s):
             raise self._late(name, "let go of", self._residency.holding(key), timeout_s)
 

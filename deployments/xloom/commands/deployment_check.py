@@ -58,7 +58,7 @@ class DeploymentCheck:
         settings = self._settings
         targets = self._prepare()
         self._prompter = Prompter.open(settings.model)
-        asked = self._prompter.prompts(count, room=settings.engine.max_model_len // 2)
+        asked = self._prompter.prompts(count, max_tokens=settings.engine.max_model_len // 2)
         device = self._kind.device()
         if eager is None:
             eager = device == "cuda"

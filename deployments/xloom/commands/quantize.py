@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     model, isq = chosen(arguments)
     if isq.bits == "auto":
         raise XloomError("invalid_settings", "isq.bits is auto, which is settled at load.", "Give --bits 2, 4 or 8.")
-    from xloom.quantization.cache import read_done
+    from xloom.quantization.model_cache import read_done
     from xloom.quantization.quantise import plan, quantised_folder
     from xloom.quantization.source import plain_model
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from xloom.commands.endpoint import Endpoint
+from xloom.protocol import adapter_key, split_adapter_key
 
 GENERATION_CHARS = 8
 STATE_COLOURS = {"ready": "green", "draining": "yellow", "lost": "red"}
@@ -77,9 +78,9 @@ def replica_table(replicas: list[dict[str, Any]]) -> Table:
 
 
 def short_name(resident: str) -> str:
-    """`name@generation` with the generation cut short."""
-    name, _, generation = resident.partition("@")
-    return f"{name}@{generation[:GENERATION_CHARS]}" if generation else name
+    """An `adapter_key` with the generation cut short."""
+    name, generation = split_adapter_key(resident)
+    return adapter_key(name, generation[:GENERATION_CHARS]) if generation else name
 
 
 def show_status(endpoint: Endpoint, console: Console, *, as_json: bool) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xloom.mixtures.clock import StepTimes, clock_for
 from xloom.mixtures.routing import Routing
-from xloom.protocol import BundleFigures, MixtureFigures
+from xloom.protocol import BundleFigures, MixtureFigures, split_adapter_key
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _figures(bundles: list[tuple[str, GateSums, Tensor]], times: StepTimes) -> M
     for name, sums, tensor in bundles:
         *gates, entropy = tensor.tolist()
         if math.isfinite(sum(gates) + entropy):  # a model that gives NaN shall not spoil the counters for good
-            bundle = name.rpartition("@")[0] or name
+            bundle, _generation = split_adapter_key(name)
             found.append(BundleFigures(bundle, sums.tokens, dict(zip(sums.names, gates, strict=True)), entropy))
     if not found and not times.steps:
         return None

@@ -1,6 +1,6 @@
 """What became of each request: a log line and a span at its end, in the router and in the replica.
 
-A room keeps a journal only where the settings ask for either; without one its hot path asks `is None`, once a step.
+A component keeps one only where the settings ask for either; without it its hot path asks `is None`, once a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xloom.protocol import TokenChunk, TokenRequest
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-Room = Literal["router", "replica"]
+Component = Literal["router", "replica"]
 
 _CHAT = re.compile(r"(\d+_)?(chatcmpl|resp|msg)")  # how vLLM's ids of chat requests begin; n > 1 puts a number before
 # Sampling parameters by their names in OpenTelemetry's GenAI conventions.
@@ -29,8 +29,8 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "frequency_p
 
 
 @dataclass(eq=False)
-class _Story:
-    """One request in this room."""
+class _RequestRecord:
+    """One request in this component."""
 
     request: TokenRequest
     began: float  # monotonic
@@ -40,32 +40,32 @@ class _Story:
     generated: int = 0  # tokens
     replays: int = 0
     span: Span | None = None
-    place: Span | None = None
+    placing: Span | None = None
     traced: dict[str, str] = field(default_factory=dict)
 
 
 class Journal:
-    """The requests of one room. `base` is the base model's name, `member` the router's or replica's id."""
+    """The requests of one component. `base` is the base model's name, `member` the router's or replica's id."""
 
-    def __init__(self, room: Room, member: str, base: str, *, lines: bool, tracing: Tracing | None) -> None:
-        self._room, self._member, self._base, self._lines, self._tracing = room, member, base, lines, tracing
-        self._logger = logging.getLogger(f"xloom.{room}.requests")
-        self._stories: dict[str, _Story] = {}
+    def __init__(self, component: Component, member: str, base: str, *, lines: bool, tracing: Tracing | None) -> None:
+        self._component, self._member, self._base, self._lines, self._tracing = component, member, base, lines, tracing
+        self._logger = logging.getLogger(f"xloom.{component}.requests")
+        self._records: dict[str, _RequestRecord] = {}
 
     def begin(self, request: TokenRequest) -> TokenRequest:
         """A request came; returns it as it goes on from here, with the trace it belongs to."""
-        in_replica = self._room == "replica"
-        story = _Story(request, time.monotonic(), self._member if in_replica else "")
-        self._stories[request.request_id] = story
+        in_replica = self._component == "replica"
+        record = _RequestRecord(request, time.monotonic(), self._member if in_replica else "")
+        self._records[request.request_id] = record
         if self._tracing is not None:
             about = self._attributes(request)
             name = f"{about['gen_ai.operation.name']} {about['gen_ai.request.model']}"
             context = self._tracing.context(request.trace) if in_replica else None
-            story.span = self._tracing.request(name, context, about, remote=in_replica)
-            story.traced = ids(story.span)
+            record.span = self._tracing.request(name, context, about, remote=in_replica)
+            record.traced = ids(record.span)
             if not in_replica:
-                request = msgspec.structs.replace(request, trace=self._tracing.carrier(story.span))
-                self._seek(story)
+                request = msgspec.structs.replace(request, trace=self._tracing.carrier(record.span))
+                self._begin_placing(record)
         return request
 
     def _attributes(self, request: TokenRequest) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Journal:
         }
         if request.adapter is not None:
             about["xloom.adapter.generation"] = request.adapter.generation
-        if self._room == "replica":
+        if self._component == "replica":
             about["xloom.replica.id"] = self._member
         given = request.sampling
         return about | {f"gen_ai.request.{name}": given[name] for name in _SAMPLING if given.get(name) is not None}
@@ -92,45 +92,45 @@ class Journal:
 
     def sent(self, request_id: str, replica: str) -> None:
         """A replica was chosen."""
-        story = self._stories.get(request_id)
-        if story is None:
+        record = self._records.get(request_id)
+        if record is None:
             return
-        story.replica = replica
-        if story.place is not None:
-            story.place.set_attribute("xloom.replica.id", replica)
-            story.place.end()
-            story.place = None
+        record.replica = replica
+        if record.placing is not None:
+            record.placing.set_attribute("xloom.replica.id", replica)
+            record.placing.end()
+            record.placing = None
 
     def moved(self, request_id: str, reason: str) -> None:
         """Its replica lost or refused it: it goes on elsewhere."""
-        story = self._stories.get(request_id)
-        if story is None:
+        record = self._records.get(request_id)
+        if record is None:
             return
-        story.replays += 1
-        self.event(request_id, "replay", {"xloom.reason": reason, "xloom.replica.id": story.replica})
-        self._seek(story)
+        record.replays += 1
+        self.event(request_id, "replay", {"xloom.reason": reason, "xloom.replica.id": record.replica})
+        self._begin_placing(record)
 
     def event(self, request_id: str, name: str, attributes: dict[str, Any] | None = None) -> None:
         """Something happened to it."""
-        story = self._stories.get(request_id)
-        if story is not None and story.span is not None:
-            story.span.add_event(name, {"xloom.generated_tokens": story.generated, **(attributes or {})})
+        record = self._records.get(request_id)
+        if record is not None and record.span is not None:
+            record.span.add_event(name, {"xloom.generated_tokens": record.generated, **(attributes or {})})
 
-    def _seek(self, story: _Story) -> None:
-        if self._tracing is not None and story.span is not None:
-            story.place = self._tracing.child(story.span, "place", {"xloom.attempt": story.replays + 1})
+    def _begin_placing(self, record: _RequestRecord) -> None:
+        if self._tracing is not None and record.span is not None:
+            record.placing = self._tracing.child(record.span, "place", {"xloom.attempt": record.replays + 1})
 
     def step(self, chunks: Sequence[TokenChunk]) -> None:
-        """An engine step's chunks: the hot path of a room that keeps a journal."""
+        """An engine step's chunks: the hot path of a component that keeps a journal."""
         for chunk in chunks:
-            story = self._stories.get(chunk.request_id)
-            if story is None:
+            record = self._records.get(chunk.request_id)
+            if record is None:
                 continue
-            if story.first is None and chunk.token_ids:
-                story.first, story.cached = time.monotonic(), chunk.num_cached_tokens
-                if story.span is not None:
-                    story.span.add_event("first_token")
-            story.generated += len(chunk.token_ids)
+            if record.first is None and chunk.token_ids:
+                record.first, record.cached = time.monotonic(), chunk.num_cached_tokens
+                if record.span is not None:
+                    record.span.add_event("first_token")
+            record.generated += len(chunk.token_ids)
             if chunk.finish_reason is not None:
                 self.end(chunk.request_id, chunk.finish_reason)
 
@@ -138,46 +138,46 @@ class Journal:
 
     def end(self, request_id: str, outcome: str, error: str | None = None) -> None:
         """It is over: stop, length, abort or error, then with a code. The first end counts."""
-        story = self._stories.pop(request_id, None)
-        if story is None:
+        record = self._records.pop(request_id, None)
+        if record is None:
             return
-        to_first = None if story.first is None else story.first - story.began
-        if story.span is not None:
-            self._end_span(story, story.span, outcome, error, to_first)
+        to_first = None if record.first is None else record.first - record.began
+        if record.span is not None:
+            self._end_span(record, record.span, outcome, error, to_first)
         if self._lines:
-            request = story.request
+            request = record.request
             model, kind = self._model(request)
             told = {
                 "request_id": request.client_id,
                 "engine_request_id": request_id,
                 "model": model,
                 "kind": kind,
-                "replica": story.replica,
+                "replica": record.replica,
                 "prompt_tokens": len(request.prompt_token_ids),
-                "cached_tokens": story.cached,
-                "generated_tokens": story.generated,
+                "cached_tokens": record.cached,
+                "generated_tokens": record.generated,
                 "ttft_s": None if to_first is None else round(to_first, 4),
-                "seconds": round(time.monotonic() - story.began, 4),
+                "seconds": round(time.monotonic() - record.began, 4),
                 "outcome": outcome,
                 **({"error": error} if error else {}),
-                **({"replays": story.replays} if self._room == "router" else {}),
-                **story.traced,
+                **({"replays": record.replays} if self._component == "router" else {}),
+                **record.traced,
             }
             self._logger.info("request ended: %s", error or outcome, extra=fields(**told))
 
     @staticmethod
-    def _end_span(story: _Story, span: Span, outcome: str, error: str | None, to_first: float | None) -> None:
+    def _end_span(record: _RequestRecord, span: Span, outcome: str, error: str | None, to_first: float | None) -> None:
         from opentelemetry.trace import StatusCode
 
-        if story.place is not None:
-            story.place.end()
+        if record.placing is not None:
+            record.placing.end()
         span.set_attributes(
             {
-                "gen_ai.usage.output_tokens": story.generated,
-                "gen_ai.usage.cache_read.input_tokens": story.cached,
+                "gen_ai.usage.output_tokens": record.generated,
+                "gen_ai.usage.cache_read.input_tokens": record.cached,
                 "gen_ai.response.finish_reasons": [outcome],
-                "xloom.replica.id": story.replica,
-                "xloom.replays": story.replays,
+                "xloom.replica.id": record.replica,
+                "xloom.replays": record.replays,
             }
         )
         if to_first is not None:
@@ -188,6 +188,8 @@ class Journal:
         span.end()
 
 
-def journal_for(room: Room, member: str, base: str, *, lines: bool, tracing: Tracing | None) -> Journal | None:
+def journal_for(
+    component: Component, member: str, base: str, *, lines: bool, tracing: Tracing | None
+) -> Journal | None:
     """A journal where somebody reads it, else None."""
-    return Journal(room, member, base, lines=lines, tracing=tracing) if lines or tracing is not None else None
+    return Journal(component, member, base, lines=lines, tracing=tracing) if lines or tracing is not None else None

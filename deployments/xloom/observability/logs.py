@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from xloom.settings import LogSettings, Settings
 
 HIDDEN = "***"
-_SELDOM_S = 60.0  # how often OpenTelemetry may say the same
+_RATE_LIMIT_S = 60.0  # how often OpenTelemetry may say the same
 _RAY_CONTEXT = {"node_id": "node", "worker_id": "worker"}  # what Serve's filters put on records when it logs JSON
 
 _bound: ContextVar[Mapping[str, str] | None] = ContextVar("xloom_log_fields", default=None)
@@ -65,9 +65,9 @@ def secrets_of(settings: Settings, token: str) -> list[str]:
 class _Formatter(logging.Formatter):
     """What both formats share. `member` is the router's or replica's id."""
 
-    def __init__(self, room: str, member: str, redact: Redactor) -> None:
+    def __init__(self, component: str, member: str, redact: Redactor) -> None:
         super().__init__()
-        self._room, self._member, self._redact = room, member, redact
+        self._component, self._member, self._redact = component, member, redact
 
     def _clean(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -96,7 +96,7 @@ class JsonFormatter(_Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": self._redact(record.getMessage()),
-            "room": self._room,
+            "room": self._component,
             "id": self._member,
         }
         for attribute, name in _RAY_CONTEXT.items():
@@ -119,7 +119,7 @@ class TextFormatter(_Formatter):
         return " ".join(parts) + (f"\n{trouble}" if trouble is not None else "")
 
 
-class _Stamp(logging.Filter):
+class _RequestFields(logging.Filter):
     """Notes on a record which request was served as it was made; the formatter may run later and elsewhere."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -127,7 +127,7 @@ class _Stamp(logging.Filter):
         return True
 
 
-class _Seldom(logging.Filter):
+class _RateLimit(logging.Filter):
     """Lets OpenTelemetry complain of a collector that is away about once a minute, not at each try."""
 
     def __init__(self) -> None:
@@ -138,24 +138,24 @@ class _Seldom(logging.Filter):
         if not record.name.startswith("opentelemetry"):
             return True
         place, now = (record.pathname, record.lineno), time.monotonic()
-        if now - self._said.get(place, -_SELDOM_S) < _SELDOM_S:
+        if now - self._said.get(place, -_RATE_LIMIT_S) < _RATE_LIMIT_S:
             return False
         self._said[place] = now
         return True
 
 
-def configure(settings: LogSettings, room: str, member: str, secrets: Iterable[str | None] = ()) -> None:
+def configure(settings: LogSettings, component: str, member: str, secrets: Iterable[str | None] = ()) -> None:
     """Give this process's logs their format: those of xloom, and in a Serve replica those of Serve.
 
     Elsewhere they go to standard error.
     """
     handlers = list(logging.getLogger("ray.serve").handlers) or [logging.StreamHandler()]
     kind = JsonFormatter if settings.format == "json" else TextFormatter
-    formatter = kind(room, member, Redactor(secrets))
+    formatter = kind(component, member, Redactor(secrets))
     for handler in handlers:
-        handler.filters = [each for each in handler.filters if not isinstance(each, _Stamp | _Seldom)]
-        handler.addFilter(_Seldom())
-        handler.addFilter(_Stamp())
+        handler.filters = [each for each in handler.filters if not isinstance(each, _RequestFields | _RateLimit)]
+        handler.addFilter(_RateLimit())
+        handler.addFilter(_RequestFields())
         writer: logging.Handler = handler
         if isinstance(handler, MemoryHandler):
             writer = handler.target or handler

@@ -19,7 +19,7 @@ class Metric:
 
     name: str  # without the exporter's prefix
     kind: Kind
-    room: str  # who writes it: router, replica, store, autoscaling
+    component: str  # who writes it: router, replica, store, autoscaling
     text: str
     labels: tuple[str, ...] = ()
     bounds: tuple[float, ...] = ()  # histograms only

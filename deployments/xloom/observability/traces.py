@@ -50,14 +50,16 @@ def require(settings: TraceSettings) -> None:
             )
 
 
-def start(settings: TraceSettings, room: str, member: str) -> Tracing | None:
+def start(settings: TraceSettings, component: str, member: str) -> Tracing | None:
     """Tracing of this process; None when no endpoint is set. Raises `XloomError` (traces_not_installed)."""
     if settings.endpoint is None:
         return None
     require(settings)
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    return Tracing(BatchSpanProcessor(_exporter(settings.endpoint, settings.protocol)), room, member, settings.sample)
+    return Tracing(
+        BatchSpanProcessor(_exporter(settings.endpoint, settings.protocol)), component, member, settings.sample
+    )
 
 
 def _exporter(endpoint: str, protocol: str) -> SpanExporter:
@@ -81,7 +83,7 @@ def traces_url(endpoint: str) -> str:
 class Tracing:
     """Makes this process's spans."""
 
-    def __init__(self, processor: SpanProcessor, room: str, member: str, sample: float = 1.0) -> None:
+    def __init__(self, processor: SpanProcessor, component: str, member: str, sample: float = 1.0) -> None:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
@@ -90,7 +92,7 @@ class Tracing:
         version = importlib.metadata.version("xloom")
         about = {
             "service.namespace": "xloom",
-            "service.name": f"xloom-{room}",
+            "service.name": f"xloom-{component}",
             "service.version": version,
             "service.instance.id": member,
         }

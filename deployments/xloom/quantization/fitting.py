@@ -38,7 +38,7 @@ def choose_bits(
 
     A case that takes no less memory than one with more bits is passed over, and so is one the method has not.
     """
-    room = free - reserved - PROCESS_BYTES
+    budget = free - reserved - PROCESS_BYTES
     told = []
     smallest: tuple[int, int | None] | None = None  # bytes, bits
     for bits in (None, *sorted(BITS, reverse=True)):
@@ -52,18 +52,18 @@ def choose_bits(
             told.append(f"{name}: {_gib(need)}, no less than with more bits")
             continue
         smallest = (need, bits)
-        if need <= room:
+        if need <= budget:
             told.append(f"{name}: {_gib(need)}, fits")
-            return Choice(bits, _reason(told, free, reserved, room))
+            return Choice(bits, _reason(told, free, reserved, budget))
         told.append(f"{name}: {_gib(need)}, too much")
     assert smallest is not None
     told.append("nothing fits: the smallest is tried")
-    return Choice(smallest[1], _reason(told, free, reserved, room))
+    return Choice(smallest[1], _reason(told, free, reserved, budget))
 
 
-def _reason(told: list[str], free: int, reserved: int, room: int) -> str:
+def _reason(told: list[str], free: int, reserved: int, budget: int) -> str:
     head = f"{_gib(free)} free, {_gib(reserved)} for KV pages, {_gib(PROCESS_BYTES)} for processes"
-    return f"{head}: {_gib(max(room, 0))} for weights; {'; '.join(told)}"
+    return f"{head}: {_gib(max(budget, 0))} for weights; {'; '.join(told)}"
 
 
 def _gib(count: int) -> str:

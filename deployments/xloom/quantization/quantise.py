@@ -20,10 +20,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from xloom.protocol import XloomError
 from xloom.quantization import calibration, overlay
-from xloom.quantization.cache import QuantisedCache, model_digest
 from xloom.quantization.checkpoint import stored_bytes
 from xloom.quantization.fitting import choose_bits, free_bytes
 from xloom.quantization.job import Job, write_job
+from xloom.quantization.model_cache import QuantisedModelCache, model_digest
 from xloom.quantization.recipes import Recipe, group_sizes, recipe_for
 from xloom.quantization.source import PlainModel, plain_model
 from xloom.settings import IsqSettings, ModelSettings
@@ -113,7 +113,7 @@ def quantised_folder(plan: Plan, isq: IsqSettings, device: str, report: Report |
             "versions": overlay.versions(),
         }
 
-    return QuantisedCache(Path(isq.cache)).ensure(plan.key, make)
+    return QuantisedModelCache(Path(isq.cache)).ensure(plan.key, make)
 
 
 def _job(plan: Plan, isq: IsqSettings, device: str, out: Path) -> Job:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
-from xloom.adapters.cache import NodeCache
+from xloom.adapters.adapter_cache import AdapterCache
 from xloom.engines.base import LLMBackend
 from xloom.engines.registry import backend_for
 from xloom.observability import logs, traces
 from xloom.observability.journal import journal_for
 from xloom.observability.recorder import RECORDER
-from xloom.replica.figures import EngineFigures
-from xloom.replica.mixture import MixtureMeter
+from xloom.replica.engine_metrics import EngineMetrics
+from xloom.replica.mixture_metrics import MixtureMetrics
 from xloom.replica.reconcile import Reconciler
 from xloom.replica.server import ReplicaServer
 from xloom.settings import Settings
@@ -56,7 +56,7 @@ class EngineReplica:
             isq=settings.isq,
         )
         logs.adopt("vllm")
-        cache = NodeCache(Path(settings.store.cache))
+        cache = AdapterCache(Path(settings.store.cache))
         self._reconciler = Reconciler(self._backend, store, cache, self._replica_id, self._node)
         # After the engine's processes were started: they are to inherit no thread of these.
         RECORDER.start()
@@ -66,7 +66,7 @@ class EngineReplica:
         self._server = ReplicaServer(self._backend, self._replica_id, token, self._reconciler, journal)
         self._reconciler.users = self._server.users
         self._reconciler.on_change = self._server.report
-        self._server.on_report = EngineFigures(RECORDER, self._replica_id).take
+        self._server.on_report = EngineMetrics(RECORDER, self._replica_id).take
         self._server.begin()  # what is verified asks the engine
         from xloom.verification.admission import Admission  # it loads torch, which a driver has no use for
 
@@ -74,8 +74,8 @@ class EngineReplica:
         await self._reconciler.start(FIRST_ADAPTERS_S)
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         self._host, self._port = await self._server.start(host)
-        self._meter = MixtureMeter(self._backend, RECORDER, self._replica_id)
-        self._meter.start()
+        self._mixture_metrics = MixtureMetrics(self._backend, RECORDER, self._replica_id)
+        self._mixture_metrics.start()
         logger.info("replica %s serves on %s:%d", self._replica_id, self._host, self._port)
 
     async def describe(self) -> dict[str, Any]:
@@ -105,8 +105,8 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Drain, then stop the engine. Serve awaits this before it kills the actor.
 
-        `UserCallableWrapper.call_destructor`, called from `ReplicaBase.shutdown` within
-        graceful_shutdown_timeout_s; ray/serve/_private/replica.py, 2.60.
+        `UserCallableWrapper.call_destructor`, called from `Replica.shutdown` within graceful_shutdown_timeout_s;
+        ray/serve/_private/replica.py, 2.60.
         """
         if getattr(self, "_closed", True):
             return
@@ -118,9 +118,9 @@ class EngineReplica:
         reconciler: Reconciler | None = getattr(self, "_reconciler", None)
         if reconciler is not None:
             await reconciler.close()
-        meter: MixtureMeter | None = getattr(self, "_meter", None)
-        if meter is not None:
-            await meter.close()
+        metrics: MixtureMetrics | None = getattr(self, "_mixture_metrics", None)
+        if metrics is not None:
+            await metrics.close()
         backend: LLMBackend | None = getattr(self, "_backend", None)
         if backend is not None:
             with contextlib.suppress(Exception):

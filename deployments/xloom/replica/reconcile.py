@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Protocol
 
-from xloom.adapters.cache import NodeCache
+from xloom.adapters.adapter_cache import AdapterCache
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, Refusal
 from xloom.engines.base import LLMBackend
@@ -44,7 +44,7 @@ class Reconciler:
         self,
         backend: LLMBackend,
         store: Store,
-        cache: NodeCache,
+        cache: AdapterCache,
         replica_id: str,
         node_id: str,
         recorder: Recorder = RECORDER,
@@ -60,7 +60,7 @@ class Reconciler:
         self._failed: dict[AdapterRef, Refusal] = {}
         self._work: dict[AdapterRef, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._news = asyncio.Event()  # something to report
+        self._unreported = asyncio.Event()  # something to report
         self._settled = asyncio.Condition()
 
     @property
@@ -107,20 +107,20 @@ class Reconciler:
                 self._version = manifest.version
                 self._wanted = {entry.ref: entry for entry in manifest.entries}
                 self._reconcile()
-                await self._tell()
+                await self._notify()
 
     def _reconcile(self) -> None:
-        """Start what is missing, retire what is not wanted; one task per adapter, so that none blocks another."""
+        """Load what is missing, unload what is not wanted; one task per adapter, so that none blocks another."""
         for ref in [ref for ref in self._failed if ref not in self._wanted]:
             del self._failed[ref]
         for ref, entry in self._wanted.items():
             if ref not in self._resident and ref not in self._failed:
-                self._begin(ref, self._bring(entry))
+                self._begin(ref, self._load(entry))
             elif ref in self._resident and ref in self._work:
-                self._work.pop(ref).cancel()  # wanted again before it was retired
+                self._work.pop(ref).cancel()  # wanted again before it was unloaded
         for ref in [*self._resident, *self._work]:
             if ref not in self._wanted and ref in self._resident and ref not in self._work:
-                self._begin(ref, self._retire(ref))
+                self._begin(ref, self._unload(ref))
 
     def _begin(self, ref: AdapterRef, work: Coroutine[None, None, None]) -> None:
         if ref in self._work:
@@ -130,12 +130,12 @@ class Reconciler:
         self._work[ref] = task
         task.add_done_callback(lambda done: self._work.pop(ref, None) if self._work.get(ref) is done else None)
 
-    async def _bring(self, entry: Entry) -> None:
+    async def _load(self, entry: Entry) -> None:
         ref, began = entry.ref, time.monotonic()
         while ref in self._wanted:
             try:
                 path = await self._cache.ensure(entry, self._store.fetch)
-                await self._load(entry, path)
+                await self._add_to_engine(entry, path)
             except XloomError as error:
                 if error.status < 500:  # the engine's verdict on these files: it stays
                     logger.warning("adapter %s is refused: %s", ref.name, error)
@@ -153,11 +153,11 @@ class Reconciler:
                 self._recorder.observe(table.ADAPTER_LOAD, time.monotonic() - began, model=ref.name)
                 logger.info("adapter %s is resident, generation %s", ref.name, ref.generation[:12])
                 break
-        await self._tell()
+        await self._notify()
         if ref not in self._wanted and ref in self._resident:  # removed while it was being loaded
-            await self._retire(ref)
+            await self._unload(ref)
 
-    async def _load(self, entry: Entry, path: Path) -> None:
+    async def _add_to_engine(self, entry: Entry, path: Path) -> None:
         if not entry.verify:
             await self._backend.add_adapter(entry.ref, path)
         elif self.admit is not None:
@@ -169,7 +169,7 @@ class Reconciler:
         self._failed[ref] = why
         self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="refused")
 
-    async def _retire(self, ref: AdapterRef) -> None:
+    async def _unload(self, ref: AdapterRef) -> None:
         while self.users(ref):  # running requests finish with the adapter they began with
             await asyncio.sleep(IN_USE_POLL_S)
         self._resident.discard(ref)
@@ -180,24 +180,24 @@ class Reconciler:
         self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="remove")
         if not any(other.generation == ref.generation for other in self._resident):
             self._cache.release(ref.generation)
-        await self._tell()
+        await self._notify()
 
-    async def _tell(self) -> None:
+    async def _notify(self) -> None:
         """Something changed: wake those who wait, and report at once."""
-        self._news.set()
+        self._unreported.set()
         self.on_change()
         async with self._settled:
             self._settled.notify_all()
 
     async def _report(self) -> None:
         while True:
-            self._news.clear()
-            resident = sorted(f"{ref.name}@{ref.generation}" for ref in self._resident)
-            failed = {f"{ref.name}@{ref.generation}": why for ref, why in self._failed.items()}
+            self._unreported.clear()
+            resident = sorted(ref.key for ref in self._resident)
+            failed = {ref.key: why for ref, why in self._failed.items()}
             try:
                 await self._store.report(self._replica_id, self._node_id, resident, failed)
             except Exception as error:
                 logger.warning("the adapter store does not take reports, serving goes on: %s", error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_S):
-                    await self._news.wait()
+                    await self._unreported.wait()

@@ -126,7 +126,7 @@ class ReplicaServer:
         stats = self._backend.stats()
         if self._adapters is None:
             return stats
-        held = sorted(f"{ref.name}@{ref.generation}" for ref in self._adapters.resident)
+        held = sorted(ref.key for ref in self._adapters.resident)
         return msgspec.structs.replace(stats, adapters=held)
 
     def report(self) -> None:

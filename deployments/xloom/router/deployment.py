@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from xloom.observability import logs, traces
 from xloom.observability.journal import journal_for
 from xloom.observability.recorder import RECORDER
-from xloom.router.catalog import Catalog
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.errors import CodedErrors
@@ -20,7 +19,8 @@ from xloom.router.front_end import OpenFrontEnd
 from xloom.router.guard import Guard, is_open
 from xloom.router.http import Control, attach_routes
 from xloom.router.listener import HttpListener
-from xloom.router.request_id import Correlated
+from xloom.router.manifest_watch import ManifestWatch
+from xloom.router.request_id import RequestIdMiddleware
 from xloom.router.traffic import Traffic
 from xloom.settings import Settings
 
@@ -54,7 +54,7 @@ class Router:
     ) -> None:
         watch, base, router_id = settings.observability, settings.model.served_name, f"router-{uuid.uuid4().hex[:8]}"
         logs.configure(watch.logs, "router", router_id, logs.secrets_of(settings, token))
-        from xloom.router.figures import register
+        from xloom.router.replica_collector import register
 
         self._replicas = replicas
         self._starving: asyncio.Task[None] | None = None
@@ -67,15 +67,15 @@ class Router:
         self._front_end = await open_front_end(settings, self._dispatcher)
         app = self._front_end.app
         logs.adopt("vllm", "uvicorn")
-        self._catalog = Catalog(store, self._front_end.take)
-        await self._catalog.start(FIRST_MANIFEST_S)
-        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._catalog, store)
+        self._manifest = ManifestWatch(store, self._front_end.take)
+        await self._manifest.start(FIRST_MANIFEST_S)
+        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._manifest, store)
         attach_routes(app, control)
         register(self._dispatcher)
         guarded = Guard(app, _secret(settings.router.api_key), _secret(settings.router.admin_key))
         coded = CodedErrors(guarded, uncounted=is_open)
-        correlated = Correlated(coded, tracing=self._tracing, lines=watch.logs.requests)
-        self._listener = HttpListener(correlated, settings.router.host, settings.router.port)
+        identified = RequestIdMiddleware(coded, tracing=self._tracing, lines=watch.logs.requests)
+        self._listener = HttpListener(identified, settings.router.host, settings.router.port)
         app.state.server = self._listener.server
         self._dispatcher.start()
         await self._listener.start()
@@ -117,7 +117,7 @@ class Router:
         if listener is None:
             return
         await listener.close()
-        await self._catalog.close()
+        await self._manifest.close()
         await self._dispatcher.close()
         self._front_end.shutdown()
         if self._tracing is not None:

@@ -28,7 +28,7 @@ OnFailed = Callable[[str, XloomError], None]
 
 
 @dataclass(eq=False)
-class _Flight:
+class _RequestState:
     """One request, from its arrival to its end."""
 
     request: TokenRequest  # as it arrived
@@ -39,7 +39,7 @@ class _Flight:
     wire_id: str = ""
     refused_by: set[str] = field(default_factory=set)
     refusal: XloomError | None = None
-    patience: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | None = None
 
 
 class Dispatcher:
@@ -64,9 +64,9 @@ class Dispatcher:
         self.on_figures: Callable[[], None] = lambda: None  # a replica reported
         self.on_starved: Callable[[], None] = lambda: None  # requests wait and there is no replica
         self._ready_timeout_s = ready_timeout_s
-        self._flights: dict[str, _Flight] = {}
-        self._on_wire: dict[str, _Flight] = {}
-        self._waiting: dict[str, _Flight] = {}
+        self._requests: dict[str, _RequestState] = {}
+        self._on_wire: dict[str, _RequestState] = {}
+        self._waiting: dict[str, _RequestState] = {}
         self._turn = 0
 
     def start(self) -> None:
@@ -74,15 +74,15 @@ class Dispatcher:
         self.directory.start()
 
     async def close(self) -> None:
-        """Drop all connections; requests in flight fail with their replicas."""
-        for flight in list(self._flights.values()):
-            self._fail(flight, XloomError("router_closing", "The router is shutting down.", status=503))
+        """Drop all connections; requests in state fail with their replicas."""
+        for state in list(self._requests.values()):
+            self._fail(state, XloomError("router_closing", "The router is shutting down.", status=503))
         await self.directory.close()
 
     @property
     def in_flight(self) -> int:
         """Requests between arrival and end."""
-        return len(self._flights)
+        return len(self._requests)
 
     @property
     def is_ready(self) -> bool:
@@ -93,37 +93,37 @@ class Dispatcher:
         """Take a request; its chunks or its failure come through the callbacks."""
         if self._journal is not None:
             request = self._journal.begin(request)
-        flight = _Flight(request, self._traffic.begin(request))
-        self._flights[request.request_id] = flight
-        self._traffic.in_flight.set(len(self._flights))
-        self._place(flight)
+        state = _RequestState(request, self._traffic.begin(request))
+        self._requests[request.request_id] = state
+        self._traffic.in_flight.set(len(self._requests))
+        self._place(state)
 
     def abort(self, request_ids: list[str], ending: Ending = "abort") -> None:
         """Forget requests and free what they hold; unknown ids are ignored. `ending` is what they count as."""
         by_link: dict[Link, list[str]] = {}
         for request_id in request_ids:
-            flight = self._flights.get(request_id)
-            if flight is None:
+            state = self._requests.get(request_id)
+            if state is None:
                 continue
-            if flight.link is not None:
-                by_link.setdefault(flight.link, []).append(flight.wire_id)
-            flight.figures.end(ending)
+            if state.link is not None:
+                by_link.setdefault(state.link, []).append(state.wire_id)
+            state.figures.end(ending)
             if self._journal is not None:
                 self._journal.end(request_id, ending)
-            self._drop(flight)
+            self._drop(state)
         for link, wire_ids in by_link.items():
             link.send(Abort(wire_ids))
 
     # Placement.
 
-    def _place(self, flight: _Flight) -> None:
+    def _place(self, state: _RequestState) -> None:
         try:
-            request = replay(flight.request, flight.tokens, flight.attempts)
+            request = replay(state.request, state.tokens, state.attempts)
         except XloomError as error:
-            self._fail(flight, error)
+            self._fail(state, error)
             return
-        adapter = flight.request.adapter
-        key = f"{adapter.name}@{adapter.generation}" if adapter else None
+        adapter = state.request.adapter
+        key = adapter.key if adapter else None
         links = {link.info.replica_id: link for link in self.directory.links}
         candidates = [
             Candidate(
@@ -135,94 +135,94 @@ class Dispatcher:
                 key is None or key in link.stats.adapters,
             )
             for replica_id, link in links.items()
-            if replica_id not in flight.refused_by
+            if replica_id not in state.refused_by
         ]
         self._turn += 1
         chosen = choose(candidates, self._turn)
         if chosen is None:
-            self._wait(flight)
+            self._wait(state)
             return
         link = links[chosen]
-        self._stop_waiting(flight)
-        flight.link = link
-        flight.wire_id = f"{request.request_id}#{self._turn}" if flight.attempts else request.request_id
-        flight.attempts += 1
-        self._on_wire[flight.wire_id] = flight
+        self._stop_waiting(state)
+        state.link = link
+        state.wire_id = f"{request.request_id}#{self._turn}" if state.attempts else request.request_id
+        state.attempts += 1
+        self._on_wire[state.wire_id] = state
         self._traffic.placed(chosen, key is None or key in link.stats.adapters)
         if self._journal is not None:
-            self._journal.sent(flight.request.request_id, chosen)
-        link.own.add(flight.wire_id)
-        if flight.wire_id != request.request_id:
-            request = msgspec.structs.replace(request, request_id=flight.wire_id)
+            self._journal.sent(state.request.request_id, chosen)
+        link.own.add(state.wire_id)
+        if state.wire_id != request.request_id:
+            request = msgspec.structs.replace(request, request_id=state.wire_id)
         link.send(Submit(request))
 
-    def _wait(self, flight: _Flight) -> None:
+    def _wait(self, state: _RequestState) -> None:
         """No replica may take it now: wait for one, for so long."""
-        if flight.refusal is not None and self.is_ready:
-            self._fail(flight, flight.refusal)  # all that are there have refused it for good
+        if state.refusal is not None and self.is_ready:
+            self._fail(state, state.refusal)  # all that are there have refused it for good
             return
-        if flight.patience is None:
+        if state.timer is None:
             loop = asyncio.get_running_loop()
-            flight.patience = loop.call_later(self._ready_timeout_s, self._give_up, flight)
-        self._waiting[flight.request.request_id] = flight
+            state.timer = loop.call_later(self._ready_timeout_s, self._time_out, state)
+        self._waiting[state.request.request_id] = state
         self._traffic.waiting.set(len(self._waiting))
         if not self.directory.links:
             self.on_starved()
 
-    def _stop_waiting(self, flight: _Flight) -> None:
-        self._waiting.pop(flight.request.request_id, None)
+    def _stop_waiting(self, state: _RequestState) -> None:
+        self._waiting.pop(state.request.request_id, None)
         self._traffic.waiting.set(len(self._waiting))
-        if flight.patience is not None:
-            flight.patience.cancel()
-            flight.patience = None
+        if state.timer is not None:
+            state.timer.cancel()
+            state.timer = None
 
-    def _give_up(self, flight: _Flight) -> None:
+    def _time_out(self, state: _RequestState) -> None:
         message = f"No replica was ready within {self._ready_timeout_s:g} s."
         cure = "See `xloom status`; raise replicas.min to keep one warm."
-        self._fail(flight, XloomError("no_replica_ready", message, cure, 503))
+        self._fail(state, XloomError("no_replica_ready", message, cure, 503))
 
     # Ends.
 
-    def _land(self, flight: _Flight) -> None:
+    def _detach(self, state: _RequestState) -> None:
         """It is on no replica any more."""
-        if flight.link is not None:
-            flight.link.own.discard(flight.wire_id)
-            self._on_wire.pop(flight.wire_id, None)
-            flight.link = None
+        if state.link is not None:
+            state.link.own.discard(state.wire_id)
+            self._on_wire.pop(state.wire_id, None)
+            state.link = None
 
-    def _drop(self, flight: _Flight) -> None:
-        self._land(flight)
-        self._stop_waiting(flight)
-        self._flights.pop(flight.request.request_id, None)
-        self._traffic.in_flight.set(len(self._flights))
+    def _drop(self, state: _RequestState) -> None:
+        self._detach(state)
+        self._stop_waiting(state)
+        self._requests.pop(state.request.request_id, None)
+        self._traffic.in_flight.set(len(self._requests))
 
-    def _fail(self, flight: _Flight, error: XloomError) -> None:
-        flight.figures.end("error")
+    def _fail(self, state: _RequestState, error: XloomError) -> None:
+        state.figures.end("error")
         if self._journal is not None:
-            self._journal.end(flight.request.request_id, "error", error.code)
-        self._drop(flight)
-        self.on_failed(flight.request.request_id, error)
+            self._journal.end(state.request.request_id, "error", error.code)
+        self._drop(state)
+        self.on_failed(state.request.request_id, error)
 
     # What happens on the connections.
 
     def on_ready(self, link: Link) -> None:
-        for flight in list(self._waiting.values()):
-            self._place(flight)
+        for state in list(self._waiting.values()):
+            self._place(state)
 
     def on_step(self, link: Link, step: Step) -> None:
         """The hot path: one engine step's chunks."""
         chunks = []
         now = time.monotonic()
         for chunk in step.chunks:
-            flight = self._on_wire.get(chunk.request_id)
-            if flight is None:
+            state = self._on_wire.get(chunk.request_id)
+            if state is None:
                 continue  # aborted, or an attempt that was given up
-            flight.tokens.extend(chunk.token_ids)
-            flight.figures.tokens(len(chunk.token_ids), chunk.num_cached_tokens, now)
-            chunk.request_id = flight.request.request_id
+            state.tokens.extend(chunk.token_ids)
+            state.figures.tokens(len(chunk.token_ids), chunk.num_cached_tokens, now)
+            chunk.request_id = state.request.request_id
             if chunk.finish_reason is not None:
-                flight.figures.end(chunk.finish_reason)
-                self._drop(flight)
+                state.figures.end(chunk.finish_reason)
+                self._drop(state)
             chunks.append(chunk)
         if chunks:
             if self._journal is not None:
@@ -230,24 +230,24 @@ class Dispatcher:
             self.on_tokens(chunks)
 
     def on_refused(self, link: Link, failure: RequestFailed) -> None:
-        flight = self._on_wire.get(failure.request_id)
-        if flight is None:
+        state = self._on_wire.get(failure.request_id)
+        if state is None:
             return
         error = XloomError(failure.code, failure.message, failure.cure, failure.status)
         if not failure.retryable:
-            self._fail(flight, error)
+            self._fail(state, error)
             return
-        told = fields(request_id=flight.request.client_id, replica=link.info.replica_id)
-        logger.info("request %s goes on elsewhere: %s", flight.request.request_id, failure.code, extra=told)
-        flight.refused_by.add(link.info.replica_id)
+        told = fields(request_id=state.request.client_id, replica=link.info.replica_id)
+        logger.info("request %s goes on elsewhere: %s", state.request.request_id, failure.code, extra=told)
+        state.refused_by.add(link.info.replica_id)
         if failure.code == "replica_draining":
             link.draining = True
-            flight.attempts -= 1  # it was never begun there
+            state.attempts -= 1  # it was never begun there
         elif failure.code != "engine_dead":
-            flight.attempts -= 1
-            flight.refusal = error
-        self._land(flight)
-        self._go_on(flight, failure.code)
+            state.attempts -= 1
+            state.refusal = error
+        self._detach(state)
+        self._resume(state, failure.code)
 
     def on_report(self, link: Link) -> None:
         self._traffic.replicas.set(len(self.directory.links))
@@ -259,17 +259,17 @@ class Dispatcher:
         lost = [self._on_wire[wire_id] for wire_id in list(link.own)]
         if lost:
             logger.warning("replica %s was lost with %d requests", link.info.replica_id, len(lost))
-        for flight in lost:
-            self._land(flight)
-        for flight in lost:
-            self._go_on(flight, "replica_lost")
+        for state in lost:
+            self._detach(state)
+        for state in lost:
+            self._resume(state, "replica_lost")
         self._traffic.replicas.set(len(self.directory.links))
         self.on_figures()
 
-    def _go_on(self, flight: _Flight, reason: str) -> None:
+    def _resume(self, state: _RequestState, reason: str) -> None:
         """On another replica, now or when there is one."""
         if self._journal is not None:
-            self._journal.moved(flight.request.request_id, reason)
-        self._place(flight)
-        if flight.request.request_id in self._flights:  # else it could not, and has failed
+            self._journal.moved(state.request.request_id, reason)
+        self._place(state)
+        if state.request.request_id in self._requests:  # else it could not, and has failed
             self._traffic.replayed(reason)

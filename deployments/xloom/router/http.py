@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from xloom.adapters.manifest import Entry
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
-from xloom.router.catalog import Catalog
 from xloom.router.dispatch import Dispatcher
+from xloom.router.manifest_watch import ManifestWatch
 
 RESIDENT_TIMEOUT_S = 60.0
 VERIFIED_TIMEOUT_S = 300.0  # of one that a replica proves first
@@ -74,12 +74,12 @@ class Control:
     model: str
     max_lora_rank: int
     dispatcher: Dispatcher
-    catalog: Catalog
+    manifest: ManifestWatch
     store: Store
 
     async def add(self, wanted: LoadAdapter) -> Entry:
         """Take an adapter in and wait until every live replica holds it. Raises `XloomError`."""
-        had = {entry.key for entry in self.catalog.entries}
+        had = {entry.key for entry in self.manifest.entries}
         entry = await self.store.add(
             wanted.lora_name,
             wanted.lora_path,
@@ -95,15 +95,15 @@ class Control:
         except XloomError as error:
             if error.code in ("adapter_load_failed", NOT_VERIFIED) and entry.key not in had:
                 await self.store.revert(entry.name, entry.generation)  # it never served: all is as it was
-                await self.catalog.lose(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
+                await self.manifest.wait_gone(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
             raise
-        await self.catalog.catch_up(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
+        await self.manifest.wait_for(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
         return entry
 
     async def remove(self, name: str) -> None:
         """Take an adapter out and wait until no live replica holds it. Raises `XloomError`."""
         entry = await self.store.remove(name)
-        await self.catalog.catch_up(name, None, RESIDENT_TIMEOUT_S)
+        await self.manifest.wait_for(name, None, RESIDENT_TIMEOUT_S)
         if entry is not None:
             await self.store.await_absent(name, entry.generation, RESIDENT_TIMEOUT_S)
 
@@ -142,7 +142,7 @@ class Control:
                 "source": entry.source,
                 "replicas": sum(entry.key in link.stats.adapters for link in links),
             }
-            for entry in self.catalog.entries
+            for entry in self.manifest.entries
         ]
 
 

@@ -35,7 +35,7 @@ def request_id(headers: Headers) -> str:
     return given.decode("ascii") if _SANE.fullmatch(given) else uuid.uuid4().hex
 
 
-class Correlated:
+class RequestIdMiddleware:
     """ASGI middleware around everything else: a request id for each request, and a span where there is tracing.
 
     With `lines`, answers with an error status are logged. Probes are neither logged nor traced.

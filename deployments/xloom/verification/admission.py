@@ -81,7 +81,7 @@ class Admission:
     async def _asked(self) -> list[list[int]]:
         if self._prompts is None:
             prompter = await asyncio.to_thread(Prompter.open, self._settings.model)
-            self._prompts = prompter.prompts(PROMPTS, room=self._settings.engine.max_model_len // 2)
+            self._prompts = prompter.prompts(PROMPTS, max_tokens=self._settings.engine.max_model_len // 2)
         return self._prompts
 
     async def _summed(self, target: Target, prompts: list[list[int]]) -> list[Scores]:

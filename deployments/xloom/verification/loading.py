@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from xloom.protocol import XloomError
-from xloom.quantization.cache import DONE_FILE
 from xloom.quantization.fitting import GIB, available_memory
+from xloom.quantization.model_cache import DONE_FILE
 
 if TYPE_CHECKING:
     from xloom.engines.base import Device
     from xloom.quantization.folding import Folding
     from xloom.settings import IsqSettings, ModelSettings
-    from xloom.verification.reference import PlainModel
+    from xloom.verification.plain_model import PlainModel
 
 MARGIN = 1.25  # on the weights: activations, and what loading takes on top
 
@@ -83,7 +83,7 @@ def load_reference(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from xloom.verification.reference import PlainModel
+    from xloom.verification.plain_model import PlainModel
 
     if isq is not None:
         model = _quantised(model, isq, device, ranks)

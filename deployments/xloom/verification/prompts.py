@@ -50,8 +50,8 @@ class Prompter:
             ) from error
         return cls(tokenizer, int(config.get_text_config().vocab_size))
 
-    def prompts(self, count: int, *, room: int) -> list[list[int]]:
-        """`count` prompts of at most `room` tokens each.
+    def prompts(self, count: int, *, max_tokens: int) -> list[list[int]]:
+        """`count` prompts of at most `max_tokens` tokens each.
 
         Every third, and all once the texts are used up, is of random tokens: they reach parts of a model that no text
         does, and nothing about them is likely.
@@ -61,7 +61,7 @@ class Prompter:
         while len(made) < count:
             text = None if len(made) % 3 == 2 else next(texts, None)
             prompt = self.random(len(made)) if text is None else self._tokens(text)
-            made.append([token for token in prompt if token < self.vocabulary][:room])
+            made.append([token for token in prompt if token < self.vocabulary][:max_tokens])
         return made
 
     def random(self, seed: int, length: int = RANDOM_LENGTH) -> list[int]:

@@ -48,7 +48,7 @@ def mixtures(targets: Iterable[Target]) -> dict[str, int]:
 
 def empty(targets: Iterable[Target]) -> set[str]:
     """Those whose files change nothing. Raises `XloomError` as reading them does."""
-    from xloom.verification.reference import changes_something
+    from xloom.verification.plain_model import changes_something
 
     return {target.name for target in targets if not changes_something(target.folder)}
 

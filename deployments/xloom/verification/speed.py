@@ -45,8 +45,8 @@ async def measure(
 
     The case of base rows beside a mixture needs two rows or more. Nothing is measured where no answer has room.
     """
-    room = longest - max(len(prompt) for prompt in prompts)
-    if room < FEWEST:
+    remaining = longest - max(len(prompt) for prompt in prompts)
+    if remaining < FEWEST:
         return []
     cases: dict[str, tuple[list[Row], Row]] = {"base": ([None] * rows, None)}
     if adapter is not None:
@@ -57,7 +57,7 @@ async def measure(
             cases[f"base beside one of {mixture.name}"] = ([None] * (rows - 1), mixture)
     progress("speed: warming up")
     rate = await _rate(ask, prompts, *cases["base"], FEWEST)
-    count = max(FEWEST, min(MOST, room // 3, int(rate / rows * ROUND_S)))
+    count = max(FEWEST, min(MOST, remaining // 3, int(rate / rows * ROUND_S)))
     rates: dict[str, list[float]] = {case: [] for case in cases}
     for number in range(ROUNDS):
         progress(f"speed: round {number} of {ROUNDS - 1}")

@@ -11,31 +11,26 @@ import hashlib
 
 from vllm.lora.request import LoRARequest
 
-from xloom.protocol import AdapterRef
-
-
-def adapter_key(ref: AdapterRef) -> str:
-    """name@generation, as replicas report it and vLLM is told."""
-    return f"{ref.name}@{ref.generation}"
+from xloom.protocol import AdapterRef, split_adapter_key
 
 
 def adapter_id(ref: AdapterRef) -> int:
     """A positive 31-bit number that any process derives alike."""
-    digest = hashlib.sha256(adapter_key(ref).encode()).digest()
+    digest = hashlib.sha256(ref.key.encode()).digest()
     return (int.from_bytes(digest[:4], "big") & 0x7FFFFFFF) or 1
 
 
 def lora_request(ref: AdapterRef, path: str | None = None) -> LoRARequest:
     """vLLM's request object; without a path (in a router, which loads nothing) the kind stands in for it."""
-    return LoRARequest(lora_name=adapter_key(ref), lora_int_id=adapter_id(ref), lora_path=path or ref.kind)
+    return LoRARequest(lora_name=ref.key, lora_int_id=adapter_id(ref), lora_path=path or ref.kind)
 
 
 def adapter_ref(request: LoRARequest) -> AdapterRef:
     """The reference a router's `lora_request` was made from."""
-    name, _, generation = request.lora_name.rpartition("@")
+    name, generation = split_adapter_key(request.lora_name)
     return AdapterRef(name, generation, request.lora_path)
 
 
 def plain_name(lora_name: str) -> str:
     """The name a user knows."""
-    return lora_name.rpartition("@")[0] or lora_name
+    return split_adapter_key(lora_name)[0]

@@ -37,7 +37,7 @@ class _Figure:
     def __init__(
         self,
         kind: Kind,
-        room: str,
+        component: str,
         name: str,
         documentation: str = "",
         labelnames: Any = (),
@@ -45,10 +45,10 @@ class _Figure:
         multiprocess_mode: str = "",  # of prometheus_client's files; Ray tells processes apart by itself
     ) -> None:
         self._names = tuple(labelnames)
-        self._own = (_get_replica_id() or "", room)
+        self._own = (_get_replica_id() or "", component)
         plain = re.sub(r"[^a-zA-Z0-9_]", "_", name)
         labels = (*self._names, "ReplicaId", "room")
-        self._metric = Metric(plain, kind, room, documentation, labels, tuple(buckets))
+        self._metric = Metric(plain, kind, component, documentation, labels, tuple(buckets))
 
     def labels(self, *values: object, **named: object) -> Series:
         """The series with these label values; it has the methods of a prometheus_client child that are called."""

@@ -5,7 +5,7 @@
 {{- include "xloom.validate.endpoint" . -}}
 {{- include "xloom.validate.sources" . -}}
 {{- include "xloom.validate.times" . -}}
-{{- include "xloom.validate.room" . -}}
+{{- include "xloom.validate.capacity" . -}}
 {{- include "xloom.validate.storage" . -}}
 {{- end -}}
 
@@ -103,7 +103,7 @@
 {{- end -}}
 
 {{/* How many engine replicas the groups can hold, against what the settings ask for. */}}
-{{- define "xloom.validate.room" -}}
+{{- define "xloom.validate.capacity" -}}
 {{- $replicas := dig "replicas" dict .Values.settings -}}
 {{- $wanted := max 1 (dig "max" 1 $replicas | int) -}}
 {{- $cpus := dig "cpus" 1 $replicas | float64 -}}
@@ -116,7 +116,7 @@
 {{- if and (gt $tensor 1) (gt $gpus 0.0) (ne $gpus (float64 $tensor)) -}}
 {{- fail (printf "settings.engine.tensor_parallel_size is %d but settings.replicas.gpus is %v. Set settings.replicas.gpus to %d." $tensor $gpus $tensor) -}}
 {{- end -}}
-{{- $room := 0 -}}
+{{- $capacity := 0 -}}
 {{- $allCpus := 0.0 -}}
 {{- $mostGpus := 0.0 -}}
 {{- $mostCpus := 0.0 -}}
@@ -133,7 +133,7 @@
 {{- $ownGpus := default 0 .gpus | float64 -}}
 {{- $mostGpus = maxf $mostGpus $ownGpus -}}
 {{- $mostCpus = maxf $mostCpus $ownCpus -}}
-{{- $room = add $room (mul (include "xloom.perPod" $of | int) $pods) | int -}}
+{{- $capacity = add $capacity (mul (include "xloom.perPod" $of | int) $pods) | int -}}
 {{- $allCpus = addf $allCpus (mulf $ownCpus $pods) -}}
 {{- end -}}
 {{- end -}}
@@ -149,8 +149,8 @@
 {{- if gt $cpus $mostCpus -}}
 {{- fail (printf "settings.replicas.cpus is %v but no worker group has that many CPUs in a pod (most: %v). Raise workerGroups[].cpus, or lower settings.replicas.cpus." $cpus $mostCpus) -}}
 {{- end -}}
-{{- if gt $wanted $room -}}
-{{- fail (printf "settings.replicas.max is %d but the worker groups can hold %d replicas of %v CPUs and %v GPUs. Raise workerGroups[].%s, or lower settings.replicas.max." $wanted $room $cpus $gpus (.Values.autoscaler.enabled | ternary "maxReplicas" "minReplicas (autoscaler.enabled is false)")) -}}
+{{- if gt $wanted $capacity -}}
+{{- fail (printf "settings.replicas.max is %d but the worker groups can hold %d replicas of %v CPUs and %v GPUs. Raise workerGroups[].%s, or lower settings.replicas.max." $wanted $capacity $cpus $gpus (.Values.autoscaler.enabled | ternary "maxReplicas" "minReplicas (autoscaler.enabled is false)")) -}}
 {{- end -}}
 {{- $needed := addf (mulf $cpus $wanted) (mulf 0.1 $routers) -}}
 {{- if gt $needed $allCpus -}}

@@ -16,7 +16,7 @@ from cluster.local_cluster import free_port
 from xloom.observability import traces
 from xloom.protocol import XloomError
 from xloom.router.errors import Message, Receive, Scope, Send
-from xloom.router.request_id import Correlated
+from xloom.router.request_id import RequestIdMiddleware
 from xloom.settings import TraceSettings, parse_settings
 
 pytest.importorskip("opentelemetry.sdk.trace")
@@ -58,7 +58,7 @@ async def call(tracing: traces.Tracing, path: str, status: int = 200, **headers:
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "GET", "path": path, "headers": raw}
-    await Correlated(app, tracing=tracing)(scope, None, ignore)  # type: ignore[arg-type]
+    await RequestIdMiddleware(app, tracing=tracing)(scope, None, ignore)  # type: ignore[arg-type]
     return seen
 
 

@@ -12,11 +12,11 @@ SEVEN_BILLION = Weights(linears=6_500_000_000, others=500_000_000)
 
 
 @pytest.mark.parametrize(
-    ("room_gib", "bits"),
+    ("budget_gib", "bits"),
     [(20, None), (12, 8), (6, 4)],
 )
-def test_the_most_bits_that_fit_are_taken(room_gib: float, bits: int | None) -> None:
-    free = int(room_gib * GIB) + PROCESS_BYTES
+def test_the_most_bits_that_fit_are_taken(budget_gib: float, bits: int | None) -> None:
+    free = int(budget_gib * GIB) + PROCESS_BYTES
     choice = choose_bits("awq", "cpu", SEVEN_BILLION, free=free, reserved=0)
     assert choice.bits == bits
     assert "fits" in choice.reason

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tests.fakes import FakeBackend, FakeStore, until
-from xloom.adapters.cache import NodeCache
+from xloom.adapters.adapter_cache import AdapterCache
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.protocol import AdapterRef, XloomError
 from xloom.replica.reconcile import Reconciler
@@ -19,7 +19,7 @@ from xloom.replica.reconcile import Reconciler
 class Scene:
     def __init__(self, folder: Path) -> None:
         self.store, self.backend = FakeStore(), FakeBackend()
-        self.reconciler = Reconciler(self.backend, self.store, NodeCache(folder), "r1", "n1")
+        self.reconciler = Reconciler(self.backend, self.store, AdapterCache(folder), "r1", "n1")
 
 
 @pytest.fixture

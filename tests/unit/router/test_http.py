@@ -53,24 +53,24 @@ class Store:
         return {}
 
 
-class Catalog:
+class Watch:
     """The router's copy, from before."""
 
     def __init__(self, *entries: Entry) -> None:
         self.entries = entries
-        self.lost: list[tuple[str, str]] = []
+        self.waited_for: list[tuple[str, str]] = []
 
-    async def lose(self, name: str, generation: str, timeout_s: float) -> None:
-        self.lost.append((name, generation))
+    async def wait_gone(self, name: str, generation: str, timeout_s: float) -> None:
+        self.waited_for.append((name, generation))
 
 
 async def refused(store: Store, *served: Entry) -> list[tuple[str, str]]:
-    catalog = Catalog(*served)
-    control = Control("base", 64, cast(Any, None), cast(Any, catalog), store)
+    watch = Watch(*served)
+    control = Control("base", 64, cast(Any, None), cast(Any, watch), store)
     with pytest.raises(XloomError) as caught:
         await control.add(LoadAdapter(lora_name="code", lora_path="./new", load_inplace=True))
     assert caught.value.code == store.refusal
-    assert catalog.lost == store.reverted  # and its name is gone by the time of the answer
+    assert watch.waited_for == store.reverted  # and its name is gone by the time of the answer
     return store.reverted
 
 
@@ -83,7 +83,7 @@ async def test_what_an_engine_refuses_is_taken_back(served: tuple[Entry, ...], r
 @pytest.mark.parametrize("verify", [False, True])
 async def test_the_store_is_told_what_is_to_be_verified(verify: bool) -> None:
     store = Store("adapter_not_verified")
-    control = Control("base", 64, cast(Any, None), cast(Any, Catalog()), store)
+    control = Control("base", 64, cast(Any, None), cast(Any, Watch()), store)
     with pytest.raises(XloomError):
         await control.add(LoadAdapter(lora_name="code", lora_path="./new", verify=verify))
     assert store.verified is verify

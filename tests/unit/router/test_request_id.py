@@ -10,7 +10,7 @@ import pytest
 from xloom.observability.logs import bound
 from xloom.router.errors import App, CodedErrors, Message, Receive, Scope, Send
 from xloom.router.guard import Guard
-from xloom.router.request_id import HEADER, Correlated, request_id
+from xloom.router.request_id import HEADER, RequestIdMiddleware, request_id
 
 
 @pytest.mark.parametrize("given", ["a", "checkout-42", "0af7651916cd43dd8448eb211c80319c", "A.b_c:d-1", "x" * 128])
@@ -64,7 +64,7 @@ def answered(sent: list[Message]) -> list[bytes]:
 
 async def test_the_answer_and_the_app_have_the_clients_id() -> None:
     inner = Inner()
-    sent = await call(Correlated(inner), (HEADER, b"mine"))
+    sent = await call(RequestIdMiddleware(inner), (HEADER, b"mine"))
     assert answered(sent) == [b"mine"]
     assert inner.seen == [b"mine"]
     assert inner.bound == "mine"
@@ -73,17 +73,19 @@ async def test_the_answer_and_the_app_have_the_clients_id() -> None:
 
 async def test_an_id_that_is_not_sane_reaches_nobody() -> None:
     inner = Inner()
-    [made] = answered(await call(Correlated(inner), (HEADER, b"a b"), (HEADER, b"second")))
+    [made] = answered(await call(RequestIdMiddleware(inner), (HEADER, b"a b"), (HEADER, b"second")))
     assert inner.seen == [made]
     assert made not in (b"a b", b"second")
 
 
 async def test_an_answer_has_one_id_also_when_the_app_sets_one() -> None:
-    assert answered(await call(Correlated(Inner(200, (b"X-Request-Id", b"theirs"))), (HEADER, b"mine"))) == [b"mine"]
+    assert answered(await call(RequestIdMiddleware(Inner(200, (b"X-Request-Id", b"theirs"))), (HEADER, b"mine"))) == [
+        b"mine"
+    ]
 
 
 async def test_a_refused_call_has_one_too() -> None:
-    app = Correlated(CodedErrors(Guard(Inner(), "key", None)))
+    app = RequestIdMiddleware(CodedErrors(Guard(Inner(), "key", None)))
     sent = await call(app, (HEADER, b"mine"))
     assert sent[0]["status"] == 401
     assert answered(sent) == [b"mine"]
@@ -94,12 +96,12 @@ async def test_error_answers_are_logged_where_requests_are(
     status: int, told: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "xloom.router.http")
-    await call(Correlated(Inner(status), lines=True), path="/v1/nothing")
+    await call(RequestIdMiddleware(Inner(status), lines=True), path="/v1/nothing")
     assert len(caplog.records) == told
     fields: list[dict[str, Any]] = [vars(record)["fields"] for record in caplog.records]
     assert all(each["status"] == status and each["path"] == "/v1/nothing" for each in fields)
-    await call(Correlated(Inner(status)))
-    await call(Correlated(Inner(status), lines=True), path="/ready")  # a probe, asked all the time
+    await call(RequestIdMiddleware(Inner(status)))
+    await call(RequestIdMiddleware(Inner(status), lines=True), path="/ready")  # a probe, asked all the time
     assert len(caplog.records) == told
 
 
@@ -109,5 +111,5 @@ async def test_what_is_no_request_passes() -> None:
     async def app(scope: Scope, receive: Any, send: Any) -> None:
         passed.append(scope["type"])
 
-    await Correlated(app)({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+    await RequestIdMiddleware(app)({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
     assert passed == ["lifespan"]

@@ -254,7 +254,7 @@ class MistralRsBackend(LLMBackend):
         return EngineStats(
             running=len(self._jobs) - waiting,
             waiting=waiting,
-            adapters=[f"{ref.name}@{ref.generation}" for ref in self._adapters],
+            adapters=[ref.key for ref in self._adapters],
         )
 
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
@@ -262,7 +262,7 @@ class MistralRsBackend(LLMBackend):
             raise _no_xlora()
         if ref in self._adapters:
             return
-        alias = hashlib.sha256(f"{ref.name}@{ref.generation}".encode()).hexdigest()[:32]  # it limits their length
+        alias = hashlib.sha256(ref.key.encode()).hexdigest()[:32]  # it limits their length
         try:
             info = await asyncio.to_thread(self._load_adapter, alias, path)
         except Exception as error:  # the engine goes on; the message is mistral.rs's own

@@ -75,10 +75,10 @@ def stops(sampling: dict[str, Any], model_eos: frozenset[int]) -> Stops:
     return Stops(model_eos if named is None else frozenset([named]), listed)
 
 
-def token_limit(sampling: dict[str, Any], room: int) -> int:
-    """How many tokens a request may make, with `room` of them left in the context."""
+def token_limit(sampling: dict[str, Any], remaining: int) -> int:
+    """How many tokens a request may make, with `remaining` of them left in the context."""
     wanted = sampling.get("max_tokens", DEFAULT_MAX_TOKENS)
-    return room if wanted is None else min(int(wanted), room)
+    return remaining if wanted is None else min(int(wanted), remaining)
 
 
 def request_options(sampling: dict[str, Any]) -> dict[str, Any]:

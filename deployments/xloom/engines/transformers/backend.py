@@ -145,7 +145,7 @@ class TransformersBackend(LLMBackend):
             waiting=waiting,
             kv_pages_used=pages,
             kv_pages_total=self._pages,
-            adapters=[f"{ref.name}@{ref.generation}" for ref in self._adapters],
+            adapters=[ref.key for ref in self._adapters],
         )
 
     async def mixture(self) -> MixtureFigures | None:
@@ -162,7 +162,7 @@ class TransformersBackend(LLMBackend):
                 f"The backend 'transformers' can't route {ref.name!r} in one pass.",
                 "Set engine.backend to vllm, or leave routing_passes out.",
             )
-        self._adapters[ref] = dataclasses.replace(adapter, name=f"{ref.name}@{ref.generation}")
+        self._adapters[ref] = dataclasses.replace(adapter, name=ref.key)
 
     async def remove_adapter(self, ref: AdapterRef) -> None:
         self._adapters.pop(ref, None)  # requests that run with it keep it until their end

@@ -129,8 +129,8 @@ class Sampler:
         self._device = device
         self._made: list[int] = []
         self._counts: Counter[int] = Counter()
-        room = max_model_len - len(prompt)
-        self.max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        remaining = max_model_len - len(prompt)
+        self.max_tokens = remaining if sampling.max_tokens is None else min(sampling.max_tokens, remaining)
         # A front end names the end of text; a bare request has the model's own.
         named = sampling.eos_token_id
         self._eos = () if sampling.ignore_eos else tuple(eos) if named is None else (named,)

@@ -48,8 +48,8 @@ class Job:
 class Worker:
     """Runs requests in the order they came, up to `max_num_seqs` at a time, in one packed batch a step.
 
-    There are no pages to take back: a request starts once the room left holds it at its longest. `page` and `pages`
-    are the size of that room, in tokens and pages of them.
+    There are no pages to take back: a request starts once the memory left holds it at its longest. `page` and `pages`
+    are the size of that memory, in tokens and pages of them.
     """
 
     def __init__(
@@ -128,12 +128,12 @@ class Worker:
                     self._aborted.clear()
                 if self._closing:
                     return False
-                room = self._pages - sum(self._pages_for(job.longest) for job in self._running)
+                free = self._pages - sum(self._pages_for(job.longest) for job in self._running)
                 while self._waiting and len(self._running) < self._max_num_seqs:
                     needed = self._pages_for(self._waiting[0].longest)
-                    if needed > room and self._running:  # one that fits nowhere runs by itself
+                    if needed > free and self._running:  # one that fits nowhere runs by itself
                         break
-                    room -= needed
+                    free -= needed
                     job = self._waiting.popleft()
                     job.tokens = list(job.request.prompt_token_ids)
                     job.caches = self._runner.caches(job.adapter)

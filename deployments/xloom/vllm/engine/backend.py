@@ -192,7 +192,7 @@ class VLLMBackend(LLMBackend):
             kv_pages_used=round(scheduler.kv_cache_usage * self._num_pages),
             kv_pages_total=self._num_pages,
             preemptions=self._preemptions,
-            adapters=[f"{ref.name}@{ref.generation}" for ref in self._adapters],
+            adapters=[ref.key for ref in self._adapters],
         )
 
     def stats(self) -> EngineStats:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.client import Load, Run
-from benchmarks.duel import Duel, Sample, Side
 from benchmarks.http_tables import tables
 from benchmarks.metrics import ENGINE, FIRST_TOKEN, means
 from benchmarks.processes import Memory
 from benchmarks.servers import vllm_flags
+from benchmarks.side_by_side import Sample, Side, SideBySide
 
 RUN = Run(throughput=100.0, ttft=10.0, ttft_mean=12.0, tpot=1.0, itl_p99=2.0, output_tokens=1000, seconds=10.0)
 FIRST = {FIRST_TOKEN: 9.0, ENGINE[0]: 1.0, ENGINE[1]: 5.0}
@@ -24,34 +24,34 @@ def side(name: str, throughputs: list[float], ttft: float) -> Side:
 
 
 @pytest.fixture
-def duel() -> Duel:
-    return Duel(side("vllm", [100, 200, 400], 10), side("xloom", [90, 100, 380], 13))
+def both() -> SideBySide:
+    return SideBySide(side("vllm", [100, 200, 400], 10), side("xloom", [90, 100, 380], 13))
 
 
-def test_the_ratio_is_of_the_medians_over_the_rounds(duel: Duel) -> None:
-    assert duel.ratio(1) == 0.5
-    assert duel.ratios(1) == [0.9, 0.5, 0.95]
+def test_the_ratio_is_of_the_medians_over_the_rounds(both: SideBySide) -> None:
+    assert both.ratio(1) == 0.5
+    assert both.ratios(1) == [0.9, 0.5, 0.95]
 
 
-def test_the_added_time_is_the_difference_of_the_medians(duel: Duel) -> None:
-    assert duel.added_first_token(1) == pytest.approx(3.0)
+def test_the_added_time_is_the_difference_of_the_medians(both: SideBySide) -> None:
+    assert both.added_first_token(1) == pytest.approx(3.0)
 
 
-def test_processor_time_is_per_output_token(duel: Duel) -> None:
-    assert duel.rival.cpu_per_token(1) == pytest.approx({"worker": 500.0, "client": 100.0})
+def test_processor_time_is_per_output_token(both: SideBySide) -> None:
+    assert both.rival.cpu_per_token(1) == pytest.approx({"worker": 500.0, "client": 100.0})
 
 
-def test_a_run_beside_a_busy_stranger_is_marked(duel: Duel) -> None:
+def test_a_run_beside_a_busy_process_is_marked(both: SideBySide) -> None:
     loads = [Load(1, 8, 128, 128)]
-    assert not duel.disturbed(1)
-    assert "disturbed" not in str(tables([duel], loads, 3, [])[0]["rows"])
-    duel.baseline.samples[1][0] = replace(duel.baseline.samples[1][0], strangers=1.5)
-    assert duel.disturbed(1)
-    assert "1.50 (disturbed)" in str(tables([duel], loads, 3, [])[0]["rows"])
+    assert not both.disturbed(1)
+    assert "disturbed" not in str(tables([both], loads, 3, [])[0]["rows"])
+    both.baseline.samples[1][0] = replace(both.baseline.samples[1][0], other_cores=1.5)
+    assert both.disturbed(1)
+    assert "1.50 (disturbed)" in str(tables([both], loads, 3, [])[0]["rows"])
 
 
-def test_every_row_of_every_table_fills_its_columns(duel: Duel) -> None:
-    made = tables([duel], [Load(1, 8, 128, 128)], 3, [])
+def test_every_row_of_every_table_fills_its_columns(both: SideBySide) -> None:
+    made = tables([both], [Load(1, 8, 128, 128)], 3, [])
     assert len(made) == 5
     for table in made:
         assert table["rows"]

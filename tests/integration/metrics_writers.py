@@ -1,4 +1,4 @@
-"""Every room that writes metrics in one Ray actor, around a fake engine: for the test of what Ray exports."""
+"""All that writes metrics, in one Ray actor, around a fake engine: for the test of what Ray exports."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xloom.adapters.cache import NodeCache
+from xloom.adapters.adapter_cache import AdapterCache
 from xloom.adapters.client import StoreClient
 from xloom.observability.recorder import RECORDER
 from xloom.protocol import AdapterRef, EngineStats, TokenChunk, TokenRequest
-from xloom.replica.figures import EngineFigures
+from xloom.replica.engine_metrics import EngineMetrics
 from xloom.replica.reconcile import Reconciler
 from xloom.replica.server import ReplicaServer
 from xloom.router.directory import ReplicaInfo
@@ -41,7 +41,7 @@ async def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
             await asyncio.sleep(0.02)
 
 
-class Rooms:
+class MetricsWriters:
     """A router and two replicas. Stays, so that its gauges do."""
 
     async def live(self, store: StoreClient, folder: str, adapter: AdapterRef) -> None:
@@ -70,9 +70,9 @@ class Rooms:
 
     async def _replica(self, name: str, store: StoreClient, folder: Path) -> None:
         backend = self._backends[name] = CrowdedBackend(manual=True)
-        reconciler = Reconciler(backend, store, NodeCache(folder), name, "node")
+        reconciler = Reconciler(backend, store, AdapterCache(folder), name, "node")
         server = self._servers[name] = ReplicaServer(backend, name, "secret", reconciler)
-        server.on_report = EngineFigures(RECORDER, name).take
+        server.on_report = EngineMetrics(RECORDER, name).take
         self._parts.append(reconciler)
         await reconciler.start(60)
         self._infos[name] = ReplicaInfo(name, "node", *await server.start("127.0.0.1"), 1)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-from xloom.adapters.manifest import Entry, generation_of, read_files, sync_folder, write_synced
+from xloom.adapters.manifest import Entry, generation_of, read_files
 from xloom.observability.recorder import RECORDER, Recorder
 from xloom.observability.table import CACHE_READS
 from xloom.protocol import XloomError
+from xloom.storage.folder_cache import FolderCache
 
 logger = logging.getLogger(__name__)
 
@@ -23,23 +22,23 @@ Fetch = Callable[[str], Awaitable[Mapping[str, bytes]]]  # generation -> its fil
 
 _GENERATION = re.compile(r"^[0-9a-f]{64}$")
 _LOCK_POLL_S = 0.02
+_USE, _WRITE = "use", "write"  # what a copy's two locks are for
 
 
-class NodeCache:
+class AdapterCache:
     """A folder of prepared adapters, `<generation>/`, each with two lock files beside it.
 
     A process that uses a copy holds `<generation>.use` shared, and who evicts it needs that one alone; who writes a
-    copy holds `<generation>.write`. So the replicas of a node fetch a generation once, nothing in use is evicted,
-    and a process that dies leaves no lock behind (the kernel drops an flock with its process).
+    copy holds `<generation>.write`. So the replicas of a node fetch a generation once, and nothing in use is evicted.
     """
 
     def __init__(self, folder: Path, max_size: int = 64 * 2**30, recorder: Recorder = RECORDER) -> None:
-        self._folder = folder.expanduser()
+        self._copies = FolderCache(folder, _is_whole)
         self._recorder = recorder
         self._max_size = max_size  # bytes, of all copies together
         self._pins: dict[str, int] = {}  # generation -> descriptor that holds `<generation>.use`
         self._busy: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._copies.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def pinned(self) -> frozenset[str]:
@@ -58,13 +57,13 @@ class NodeCache:
         async with self._busy[generation]:
             if generation in self._pins:
                 self._recorder.inc(CACHE_READS, outcome="hit")
-                return self._folder / generation
+                return self._copies.path(generation)
             try:
                 return await self._ensure(generation, fetch)
             except OSError as error:
                 raise XloomError(
                     "cache_unwritable",
-                    f"The node cache {self._folder} failed: {error}.",
+                    f"The node cache {self._copies.folder} failed: {error}.",
                     "Free disk space there, or set store.cache to another folder.",
                     500,
                 ) from None
@@ -81,43 +80,47 @@ class NodeCache:
             self.release(generation)
 
     async def _ensure(self, generation: str, fetch: Fetch) -> Path:
-        target = self._folder / generation
-        use = await self._lock(generation, "use", fcntl.LOCK_SH)
+        use = await self._lock(generation, _USE, shared=True)
         try:
-            write = await self._lock(generation, "write", fcntl.LOCK_EX)
+            write = await self._lock(generation, _WRITE)
             try:
-                whole = await asyncio.to_thread(_is_whole, target)
-                self._recorder.inc(CACHE_READS, outcome="hit" if whole else "miss")
-                if not whole:
-                    await self._fill(target, fetch)
+                target = await asyncio.to_thread(self._copies.find, generation)
+                self._recorder.inc(CACHE_READS, outcome="hit" if target else "miss")
+                if target is None:
+                    await self._fill(generation, fetch)
             finally:
                 os.close(write)
-            os.utime(self._lock_path(generation, "use"))  # the time of last use
+            os.utime(self._copies.lock_path(generation, _USE))  # the time of last use
         except BaseException:
             os.close(use)
             raise
         self._pins[generation] = use
         await asyncio.to_thread(self._trim)
-        return target
+        return self._copies.path(generation)
 
-    async def _fill(self, target: Path, fetch: Fetch) -> None:
+    async def _fill(self, generation: str, fetch: Fetch) -> None:
         for _attempt in range(2):
-            files = await fetch(target.name)
+            files = await fetch(generation)
             plain = all(Path(name).name == name for name in files)
-            if plain and await asyncio.to_thread(generation_of, files) == target.name:
-                await asyncio.to_thread(_write, target, files)
+            if plain and await asyncio.to_thread(generation_of, files) == generation:
+                await asyncio.to_thread(self._write, generation, files)
                 return
-            logger.warning("what came for generation %s has another content", target.name)
+            logger.warning("what came for generation %s has another content", generation)
         raise XloomError(
             "transfer_corrupt",
-            f"Generation {target.name} came damaged from the adapter store, twice.",
+            f"Generation {generation} came damaged from the adapter store, twice.",
             "Remove the adapter and add it again.",
             502,
         )
 
+    def _write(self, generation: str, files: Mapping[str, bytes]) -> None:
+        with self._copies.make(generation) as folder:
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+
     def _trim(self) -> None:
         """Evict the copies used longest ago that no process uses, down to the size limit."""
-        copies = [folder for folder in self._folder.iterdir() if _GENERATION.match(folder.name)]
+        copies = [folder for folder in self._copies.folder.iterdir() if _GENERATION.match(folder.name)]
         sizes = {folder.name: _size(folder) for folder in copies}
         excess = sum(sizes.values()) - self._max_size
         for generation in sorted(sizes, key=self._last_use):
@@ -127,70 +130,34 @@ class NodeCache:
                 excess -= sizes[generation]
 
     def _evict(self, generation: str) -> bool:
-        descriptor = self._try_lock(generation, "use", fcntl.LOCK_EX)
+        descriptor = self._copies.try_lock(generation, _USE)
         if descriptor is None:
             return False
         try:
-            shutil.rmtree(self._folder / generation, ignore_errors=True)
-            for purpose in ("write", "use"):
-                self._lock_path(generation, purpose).unlink(missing_ok=True)
+            self._copies.remove(generation, (_WRITE, _USE))
         finally:
             os.close(descriptor)
         return True
 
     def _last_use(self, generation: str) -> float:
         try:
-            return self._lock_path(generation, "use").stat().st_mtime
+            return self._copies.lock_path(generation, _USE).stat().st_mtime
         except FileNotFoundError:
             return 0.0
 
-    # Locks.
-
-    def _lock_path(self, generation: str, purpose: str) -> Path:
-        return self._folder / f"{generation}.{purpose}"
-
-    async def _lock(self, generation: str, purpose: str, kind: int) -> int:
+    async def _lock(self, generation: str, purpose: str, *, shared: bool = False) -> int:
         """A descriptor that holds a lock of the generation. Polls, so that no thread is kept waiting."""
         # Other processes hold these locks: there is no event of ours to wait for.
-        while (descriptor := self._try_lock(generation, purpose, kind)) is None:
+        while (descriptor := self._copies.try_lock(generation, purpose, shared=shared)) is None:
             await asyncio.sleep(_LOCK_POLL_S)
         return descriptor
 
-    def _try_lock(self, generation: str, purpose: str, kind: int) -> int | None:
-        path = self._lock_path(generation, purpose)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
-        except (BlockingIOError, FileNotFoundError):  # another process holds it, or evicted the copy meanwhile
-            pass
-        os.close(descriptor)
-        return None
-
 
 def _is_whole(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
     whole = generation_of(read_files(folder)) == folder.name
     if not whole:
         logger.warning("the copy %s is damaged: it is fetched anew", folder)
     return whole
-
-
-def _write(target: Path, files: Mapping[str, bytes]) -> None:
-    """Put a copy in place at once: written beside, then renamed. The caller holds the write lock."""
-    temporary, damaged = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
-    for leftover in (temporary, damaged):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    for name, data in files.items():
-        write_synced(temporary / name, data)
-    if target.exists():
-        target.rename(damaged)
-    temporary.rename(target)
-    sync_folder(target.parent)
-    shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _size(folder: Path) -> int:

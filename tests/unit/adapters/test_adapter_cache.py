@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xloom.adapters.cache import NodeCache
+from xloom.adapters.adapter_cache import AdapterCache
 from xloom.adapters.manifest import Entry, generation_of
 from xloom.protocol import XloomError
 
@@ -40,20 +40,20 @@ def copies(folder: Path) -> set[str]:
 async def test_a_generation_is_fetched_once_and_then_found(tmp_path: Path) -> None:
     store = Store()
     entry = store.entry(b"weights")
-    cache = NodeCache(tmp_path)
+    cache = AdapterCache(tmp_path)
     path = await cache.ensure(entry, store.fetch)
     assert path == tmp_path / entry.generation
     assert (path / "adapter_model.safetensors").read_bytes() == b"weights"
     await cache.ensure(entry, store.fetch)
     cache.close()
-    await NodeCache(tmp_path).ensure(entry, store.fetch)
+    await AdapterCache(tmp_path).ensure(entry, store.fetch)
     assert len(store.asked) == 1
 
 
 async def test_many_at_once_fetch_once(tmp_path: Path) -> None:
     store = Store(delay_s=0.05)
     entry = store.entry(b"weights")
-    caches = [NodeCache(tmp_path) for _ in range(3)]
+    caches = [AdapterCache(tmp_path) for _ in range(3)]
     paths = await asyncio.gather(*(cache.ensure(entry, store.fetch) for cache in caches for _ in range(4)))
     assert len(set(paths)) == 1
     assert len(store.asked) == 1
@@ -63,7 +63,7 @@ async def test_many_at_once_fetch_once(tmp_path: Path) -> None:
 async def test_a_damaged_copy_is_fetched_anew(tmp_path: Path, damage: str) -> None:
     store = Store()
     entry = store.entry(b"weights")
-    cache = NodeCache(tmp_path)
+    cache = AdapterCache(tmp_path)
     path = await cache.ensure(entry, store.fetch)
     cache.release(entry.generation)
     match damage:
@@ -85,12 +85,12 @@ async def test_a_damaged_transfer_is_asked_for_again_and_never_kept(tmp_path: Pa
     good = store.files[entry.generation]
     store.files[entry.generation] = good | {"adapter_model.safetensors": b"other"}
     with pytest.raises(XloomError) as caught:
-        await NodeCache(tmp_path).ensure(entry, store.fetch)
+        await AdapterCache(tmp_path).ensure(entry, store.fetch)
     assert caught.value.code == "transfer_corrupt"
     assert len(store.asked) == 2
     assert copies(tmp_path) == set()
     store.files[entry.generation] = good
-    assert (await NodeCache(tmp_path).ensure(entry, store.fetch)).is_dir()
+    assert (await AdapterCache(tmp_path).ensure(entry, store.fetch)).is_dir()
 
 
 async def test_a_failed_fetch_leaves_nothing_and_may_be_repeated(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ async def test_a_failed_fetch_leaves_nothing_and_may_be_repeated(tmp_path: Path)
     async def fail(generation: str) -> Mapping[str, bytes]:
         raise XloomError("store_unavailable", "gone", status=503)
 
-    cache = NodeCache(tmp_path)
+    cache = AdapterCache(tmp_path)
     with pytest.raises(XloomError) as caught:
         await cache.ensure(entry, fail)
     assert caught.value.code == "store_unavailable"
@@ -111,15 +111,15 @@ async def test_a_failed_fetch_leaves_nothing_and_may_be_repeated(tmp_path: Path)
 async def test_a_generation_that_is_a_path_is_refused(tmp_path: Path) -> None:
     entry = Entry("name", "lora", "../../etc", 4, (), 1, "source")
     with pytest.raises(XloomError) as caught:
-        await NodeCache(tmp_path / "cache").ensure(entry, Store().fetch)
+        await AdapterCache(tmp_path / "cache").ensure(entry, Store().fetch)
     assert caught.value.code == "invalid_generation"
 
 
 async def test_the_copy_used_longest_ago_goes_first_and_none_in_use(tmp_path: Path) -> None:
     store = Store()
     entries = [store.entry(bytes([number]) * 1000) for number in range(4)]
-    cache = NodeCache(tmp_path, max_size=3100)  # three copies
-    other = NodeCache(tmp_path, max_size=3100)
+    cache = AdapterCache(tmp_path, max_size=3100)  # three copies
+    other = AdapterCache(tmp_path, max_size=3100)
     for second, entry in enumerate(entries[:3]):
         await cache.ensure(entry, store.fetch)
         os.utime(tmp_path / f"{entry.generation}.use", (second, second))
@@ -139,7 +139,7 @@ def _hammer(folder: str, contents: list[bytes], rounds: int) -> None:
         store = Store(delay_s=0.001)
         entries = [store.entry(content) for content in contents]
         for number in range(rounds):
-            cache = NodeCache(Path(folder), max_size=2100)  # two copies of three: someone always evicts
+            cache = AdapterCache(Path(folder), max_size=2100)  # two copies of three: someone always evicts
             entry = entries[(number + os.getpid()) % len(entries)]
             path = await cache.ensure(entry, store.fetch)
             await asyncio.sleep(0.002)

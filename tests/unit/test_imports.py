@@ -9,17 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "deployments" / "xloom"
 EVERYWHERE = {"protocol", "settings", "observability"}
-# Room -> the other rooms it may import. `front_end` is vllm/front_end: it sits over the router.
+# Package -> the other packages it may import. `front_end` is vllm/front_end: it sits over the router.
 ARROWS: dict[str, set[str]] = {
     "protocol": set(),
     "wire": set(),
     "settings": set(),
     "observability": set(),
-    "quantization": {"mixtures", "sample"},  # the sample's corpus is what it calibrates on
+    "storage": set(),
+    "quantization": {"mixtures", "sample", "storage"},  # the sample's corpus is what it calibrates on
     "mixtures": set(),
     "engines": {"mixtures", "quantization"},
     "vllm": {"engines", "mixtures", "quantization"},
-    "adapters": {"mixtures"},
+    "adapters": {"mixtures", "storage"},
     "verification": {"engines", "mixtures", "quantization"},
     "autoscaling": set(),
     "replica": {"engines", "adapters", "verification", "wire"},
@@ -29,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
 }
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     """`xloom.vllm.front_end.app` is in `front_end`, `xloom.router.guard` in `router`."""
     parts = module.split(".")
     if parts[1:3] == ["vllm", "front_end"]:
@@ -65,24 +66,24 @@ def imports(file: Path, *, at_import: bool = False) -> set[str]:
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(module_of(file)) in ARROWS], ids=module_of)
+@pytest.mark.parametrize("file", [file for file in FILES if package_of(module_of(file)) in ARROWS], ids=module_of)
 def test_imports_point_one_way(file: Path) -> None:
-    room = room_of(module_of(file))
-    allowed = ARROWS[room] | EVERYWHERE | {room}
-    if room == "observability":
+    package = package_of(module_of(file))
+    allowed = ARROWS[package] | EVERYWHERE | {package}
+    if package == "observability":
         allowed = {"protocol", "settings", "observability"}
-    rooms = {room_of(name) for name in imports(file) if name.split(".")[0] == "xloom"} - {""}
-    assert rooms <= allowed
+    packages = {package_of(name) for name in imports(file) if name.split(".")[0] == "xloom"} - {""}
+    assert packages <= allowed
 
 
-def test_every_room_has_its_arrows() -> None:
-    rooms = {room_of(module_of(file)) for file in FILES}
-    above = {"", "app", "cli", "commands", "launch", "start", "processes"}  # these may import any room
-    assert rooms - above == set(ARROWS)
+def test_every_package_has_its_arrows() -> None:
+    packages = {package_of(module_of(file)) for file in FILES}
+    above = {"", "app", "cli", "commands", "launch", "start", "processes"}  # these may import any package
+    assert packages - above == set(ARROWS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
-def test_only_its_room_touches_vllm(file: Path) -> None:
+def test_only_its_package_touches_vllm(file: Path) -> None:
     if file.is_relative_to(PACKAGE / "vllm"):
         return
     assert [name for name in imports(file) if name.split(".")[0] == "vllm"] == []
@@ -96,7 +97,9 @@ def test_the_mixtures_know_neither_vllm_nor_ray(file: Path) -> None:
 
 
 # Those that a process without vLLM and Ray imports; `xloom.vllm` itself is reached by name, through the registry.
-LIGHT = [file for file in FILES if room_of(module_of(file)) not in ("vllm", "front_end", "adapters", "replica", "app")]
+LIGHT = [
+    file for file in FILES if package_of(module_of(file)) not in ("vllm", "front_end", "adapters", "replica", "app")
+]
 
 
 @pytest.mark.parametrize("file", LIGHT, ids=module_of)

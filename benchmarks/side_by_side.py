@@ -14,7 +14,7 @@ from .processes import Memory, cpu_seconds, machine_cpu_seconds, memory
 from .servers import Server
 
 IDLE_SECONDS = 4.0
-MOST_STRANGERS = 0.3  # cores; the idle server is among these others
+MOST_OTHER_CORES = 0.3  # cores; the idle server is among these others
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Sample:
     run: Run
     cpu: dict[str, float]  # seconds, by part, the client's among them
     first_tokens: dict[str, float]  # mean milliseconds, as the server's own metrics have them
-    strangers: float  # cores that all else on the machine used meanwhile: a run is worth little unless this is near 0
+    other_cores: float  # cores that all else on the machine used meanwhile: a run is worth little unless this is near 0
 
 
 @dataclass
 class Side:
-    """All runs of one server in one duel."""
+    """All runs of one server in one comparison."""
 
     name: str
     samples: dict[int, list[Sample]] = field(default_factory=dict)  # by concurrency
@@ -51,7 +51,7 @@ def _cpu_of(part: str) -> Callable[[Sample], float]:
 
 
 @dataclass
-class Duel:
+class SideBySide:
     """A server beside the baseline, in rounds that alternate."""
 
     baseline: Side
@@ -70,26 +70,26 @@ class Duel:
         """Milliseconds: difference of the medians of time to first token."""
         return self._medians(concurrent, lambda sample: sample.run.ttft)[1]
 
-    def strangers(self, concurrent: int) -> float:
+    def other_cores(self, concurrent: int) -> float:
         """Cores: the most that others used during a run."""
         samples = [*self.baseline.samples[concurrent], *self.rival.samples[concurrent]]
-        return max(sample.strangers for sample in samples)
+        return max(sample.other_cores for sample in samples)
 
     def disturbed(self, concurrent: int) -> bool:
         """Whether others used so much of the machine that the figures say nothing."""
-        return self.strangers(concurrent) > MOST_STRANGERS
+        return self.other_cores(concurrent) > MOST_OTHER_CORES
 
     def _medians(self, concurrent: int, value: Callable[[Sample], float]) -> tuple[float, float]:
         rival, baseline = self.rival.median(concurrent, value), self.baseline.median(concurrent, value)
         return rival / baseline, rival - baseline
 
 
-def run_duel(
+def run_side_by_side(
     baseline: Server, rival: Server, client: Client, loads: Sequence[Load], rounds: int, tell: Callable[[str], Any]
-) -> Duel:
+) -> SideBySide:
     """Warm both up, then alternate; who goes first alternates too, so that drift favours neither."""
-    duel = Duel(Side(baseline.kind.name), Side(rival.kind.name))
-    sides = [(duel.baseline, baseline), (duel.rival, rival)]
+    both = SideBySide(Side(baseline.kind.name), Side(rival.kind.name))
+    sides = [(both.baseline, baseline), (both.rival, rival)]
     for _, server in sides:
         for load in loads:
             tell(f"warming up {server.kind.name}, {load.concurrent} at a time")
@@ -107,11 +107,11 @@ def run_duel(
                 seed = 1_000 * number + load.concurrent
                 sample = _sample(server, client, load, seed)
                 side.samples.setdefault(load.concurrent, []).append(sample)
-                rate, others = sample.run.throughput, sample.strangers
+                rate, others = sample.run.throughput, sample.other_cores
                 tell(f"  {rate:,.0f} tokens/s, first token {sample.run.ttft:.1f} ms; all else used {others:.2f} cores")
     for side, server in sides:
         side.memory = memory(server.root)
-    return duel
+    return both
 
 
 def _sample(server: Server, client: Client, load: Load, seed: int) -> Sample:
@@ -122,8 +122,8 @@ def _sample(server: Server, client: Client, load: Load, seed: int) -> Sample:
     seconds = time.monotonic() - start
     spent = {part: seconds - cpu.get(part, 0.0) for part, seconds in after.items()}
     spent["client"] = client.cpu_seconds() - own
-    strangers = max(0.0, everyone - sum(spent.values())) / seconds
-    return Sample(run, spent, means(counts, first_tokens(server.url)), strangers)
+    other_cores = max(0.0, everyone - sum(spent.values())) / seconds
+    return Sample(run, spent, means(counts, first_tokens(server.url)), other_cores)
 
 
 def _idle(server: Server) -> dict[str, float]:

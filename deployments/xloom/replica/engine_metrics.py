@@ -7,7 +7,7 @@ from xloom.observability.recorder import Recorder
 from xloom.protocol import EngineStats
 
 
-class EngineFigures:
+class EngineMetrics:
     """The gauges of one replica, set anew with each of its reports."""
 
     def __init__(self, recorder: Recorder, replica_id: str) -> None:

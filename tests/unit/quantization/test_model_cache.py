@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from xloom.protocol import XloomError
-from xloom.quantization.cache import DONE_FILE, QuantisedCache, model_digest, read_done
+from xloom.quantization.model_cache import DONE_FILE, QuantisedModelCache, model_digest, read_done
 
 KEY = "k" * 64
 
@@ -31,7 +31,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 def test_a_model_is_made_once_and_then_found(tmp_path: Path) -> None:
-    cache, made = QuantisedCache(tmp_path), []
+    cache, made = QuantisedModelCache(tmp_path), []
 
     def make(folder: Path) -> dict[str, Any]:
         made.append(folder)
@@ -54,7 +54,7 @@ def test_concurrent_callers_make_it_once(tmp_path: Path) -> None:
 
     def call() -> Path:
         together.wait(10)
-        return QuantisedCache(tmp_path).ensure(KEY, make)
+        return QuantisedModelCache(tmp_path).ensure(KEY, make)
 
     with ThreadPoolExecutor(4) as pool:
         paths = {future.result() for future in [pool.submit(call) for _ in range(4)]}
@@ -63,7 +63,7 @@ def test_concurrent_callers_make_it_once(tmp_path: Path) -> None:
 
 
 def test_failed_work_leaves_nothing_and_the_next_call_works(tmp_path: Path) -> None:
-    cache = QuantisedCache(tmp_path)
+    cache = QuantisedModelCache(tmp_path)
 
     def fail(folder: Path) -> dict[str, Any]:
         write(folder)
@@ -77,7 +77,7 @@ def test_failed_work_leaves_nothing_and_the_next_call_works(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("damage", ["lost", "cut", "undone"])
 def test_a_damaged_model_is_made_anew(tmp_path: Path, damage: str) -> None:
-    cache = QuantisedCache(tmp_path)
+    cache = QuantisedModelCache(tmp_path)
     folder = cache.ensure(KEY, write)
     if damage == "lost":
         (folder / "model.safetensors").unlink()
@@ -92,12 +92,12 @@ def test_a_damaged_model_is_made_anew(tmp_path: Path, damage: str) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from xloom.quantization.cache import QuantisedCache
+from xloom.quantization.model_cache import QuantisedModelCache
 def make(folder):
     (folder / "model.safetensors").write_bytes(b"half")
     print("holding", flush=True)
     time.sleep(600)
-QuantisedCache(Path(sys.argv[1])).ensure(sys.argv[2], make)
+QuantisedModelCache(Path(sys.argv[1])).ensure(sys.argv[2], make)
 """
 
 
@@ -109,14 +109,14 @@ def test_a_killed_holder_frees_the_lock_and_what_it_left_is_removed(tmp_path: Pa
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait(30)
     assert left_over(tmp_path) != []
-    assert QuantisedCache(tmp_path).ensure(KEY, write) == tmp_path / KEY
+    assert QuantisedModelCache(tmp_path).ensure(KEY, write) == tmp_path / KEY
     assert left_over(tmp_path) == [KEY]
 
 
 def test_a_folder_that_can_not_be_written_is_an_error_with_a_cure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(XloomError) as caught:
-        QuantisedCache(tmp_path / "file" / "cache").ensure(KEY, write)
+        QuantisedModelCache(tmp_path / "file" / "cache").ensure(KEY, write)
     assert caught.value.code == "isq_cache_unwritable"
 
 

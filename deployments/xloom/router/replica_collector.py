@@ -20,7 +20,7 @@ _GAUGES = {  # by field of `EngineStats`
 }
 
 
-class ReplicaFigures(Collector):
+class ReplicaCollector(Collector):
     """The replicas' gauges, one series per connected replica, and the requests in this router."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -40,4 +40,4 @@ class ReplicaFigures(Collector):
 
 def register(dispatcher: Dispatcher, registry: CollectorRegistry = REGISTRY) -> None:
     """Have the registry that /metrics serves scrape the replicas' figures."""
-    registry.register(ReplicaFigures(dispatcher))
+    registry.register(ReplicaCollector(dispatcher))

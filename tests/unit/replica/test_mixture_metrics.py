@@ -11,7 +11,7 @@ from tests.fakes import FakeBackend
 from xloom.observability import table
 from xloom.observability.recorder import Recorder
 from xloom.protocol import BundleFigures, MixtureFigures
-from xloom.replica.mixture import MixtureMeter
+from xloom.replica.mixture_metrics import MixtureMetrics
 
 FIGURES = MixtureFigures(
     [BundleFigures("blend", 10, {"code": 7.5, "maths": 2.5}, 4.0), BundleFigures("blend", 5, {"code": 5.0}, 0.0)],
@@ -39,7 +39,7 @@ class Engine(FakeBackend):
 
 async def test_growth_is_added_up_and_both_generations_of_a_bundle_count() -> None:
     recorder = Recorder()
-    meter = MixtureMeter(Engine([FIGURES, FIGURES]), recorder, "replica-1")
+    meter = MixtureMetrics(Engine([FIGURES, FIGURES]), recorder, "replica-1")
     for _ in range(3):
         await meter.read()
     assert recorder.value(table.XLORA_TOKENS, bundle="blend") == 30
@@ -58,7 +58,7 @@ async def test_an_engine_that_can_not_say_is_asked_again_and_complained_of_once(
     recorder = Recorder()
     failures: list[MixtureFigures | Exception] = [RuntimeError("no"), RuntimeError("no"), FIGURES]
     engine = Engine(failures)
-    meter = MixtureMeter(engine, recorder, "replica-1", period_s=0.001)
+    meter = MixtureMetrics(engine, recorder, "replica-1", period_s=0.001)
     with caplog.at_level(logging.WARNING):
         meter.start()
         await asyncio.wait_for(engine.all_said.wait(), 30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from xloom.observability.reference import BEGIN, END, ROOMS, reference, with_reference
+from xloom.observability.metric_tables import BEGIN, END, WRITERS, metric_tables, with_metric_tables
 from xloom.observability.table import METRICS
 
 PAGE = Path(__file__).parents[3] / "docs" / "monitoring.md"
@@ -13,17 +13,17 @@ PAGE = Path(__file__).parents[3] / "docs" / "monitoring.md"
 
 def test_the_page_shows_what_the_table_says() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert with_reference(page) == page, "run: python -m xloom.observability.reference docs/monitoring.md"
+    assert with_metric_tables(page) == page, "run: python -m xloom.observability.metric_tables docs/monitoring.md"
 
 
-def test_every_metric_is_listed_once_in_its_room() -> None:
-    parts = dict(zip(ROOMS, reference().split("**")[2::2], strict=True))
+def test_every_metric_is_listed_once_by_who_writes_it() -> None:
+    parts = dict(zip(WRITERS, metric_tables().split("**")[2::2], strict=True))
     for metric in METRICS:
-        assert [room for room, part in parts.items() if f"`{metric.exported}`" in part] == [metric.room]
+        assert [writer for writer, part in parts.items() if f"`{metric.exported}`" in part] == [metric.component]
 
 
 def test_labels_and_events_are_said() -> None:
-    lines = {line.split("`")[1]: line for line in reference().splitlines() if line.startswith("| `")}
+    lines = {line.split("`")[1]: line for line in metric_tables().splitlines() if line.startswith("| `")}
     for metric in METRICS:
         line = lines[metric.exported]
         assert all(f"`{label}`" in line for label in metric.labels)
@@ -31,9 +31,9 @@ def test_labels_and_events_are_said() -> None:
 
 
 def test_the_tables_take_the_place_of_the_old_ones() -> None:
-    page = with_reference(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert page == f"before\n{BEGIN}\n{reference()}\n{END}\nafter\n"
-    assert with_reference(page) == page
+    page = with_metric_tables(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert page == f"before\n{BEGIN}\n{metric_tables()}\n{END}\nafter\n"
+    assert with_metric_tables(page) == page
 
 
 def test_every_picture_and_page_it_names_is_there() -> None:

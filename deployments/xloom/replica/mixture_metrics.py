@@ -22,7 +22,7 @@ class Counters(Protocol):
     def inc(self, metric: Metric, amount: float = ..., **labels: object) -> None: ...
 
 
-class MixtureMeter:
+class MixtureMetrics:
     """Asks the engine each second and counts what it answers. Keeps no names of its own."""
 
     def __init__(self, backend: LLMBackend, counters: Counters, replica_id: str, period_s: float = PERIOD_S) -> None:

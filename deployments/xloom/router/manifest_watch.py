@@ -22,7 +22,7 @@ class Store(Protocol):
     async def desired(self, known_version: int, timeout_s: float) -> Manifest: ...
 
 
-class Catalog:
+class ManifestWatch:
     """Follows the store's manifest; the last copy stays in force while the store is away."""
 
     def __init__(self, store: Store, on_change: Callable[[Manifest], None]) -> None:
@@ -43,7 +43,7 @@ class Catalog:
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(lambda: self._manifest.version >= 0)
 
-    async def catch_up(self, name: str, generation: str | None, timeout_s: float) -> None:
+    async def wait_for(self, name: str, generation: str | None, timeout_s: float) -> None:
         """Wait until the copy has an entry at a generation, or (None) has it no more."""
 
         def there() -> bool:
@@ -52,7 +52,7 @@ class Catalog:
 
         await self._until(there, timeout_s)
 
-    async def lose(self, name: str, generation: str, timeout_s: float) -> None:
+    async def wait_gone(self, name: str, generation: str, timeout_s: float) -> None:
         """Wait until the copy has no entry at this generation; it may have another again."""
 
         def gone() -> bool:

@@ -15,7 +15,7 @@ from xloom.settings import ModelSettings
 from xloom.verification.comparison import Scores, distance
 from xloom.verification.judgement import BASE, EVEN, HELD, SUM
 from xloom.verification.loading import Place, choose_place, load_reference
-from xloom.verification.reference import PlainModel, changes_something
+from xloom.verification.plain_model import PlainModel, changes_something
 
 PROMPT, ANSWER = list(range(40, 60)), (7, 90, 31, 200)
 GIB = 1 << 30
