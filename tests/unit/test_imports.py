@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "deployments" / "xloom"
-EVERYWHERE = {"protocol", "settings", "observability"}
+EVERYWHERE = {"protocol", "settings", "settings_file", "observability"}
 # Package -> the other packages it may import. `front_end` is vllm/front_end: it sits over the router.
 ARROWS: dict[str, set[str]] = {
     "protocol": set(),
     "wire": set(),
     "settings": set(),
+    "settings_file": set(),
     "observability": set(),
     "storage": set(),
     "quantization": {"mixtures", "sample", "storage"},  # the sample's corpus is what it calibrates on
