@@ -160,7 +160,8 @@ def _work(job: Job, tell: Report) -> None:
                 with contextlib.suppress(ValueError):
                     message = json.loads(line)
                     if "error" in message:
-                        refusal = XloomError(*message["error"])
+                        code, *told = message["error"]
+                        refusal = XloomError(code, *told)
                         continue
                     done = message["stage"] == "done"
                     tell(message["stage"], message["done"], message["total"])
