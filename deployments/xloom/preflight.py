@@ -97,7 +97,7 @@ def check_length(settings: Settings) -> None:
             f"engine.max_model_len is {length}, and the model was made for {trained} tokens.",
             f"Set engine.max_model_len to {trained} or less.",
         )
-    on_cpu = backend_for(settings).device() == "cpu"
+    on_cpu = backend_for(settings).device() == "cpu" and not settings.replicas.gpus  # else of a cluster elsewhere
     windows = text.get("sliding_window") or any("full" not in kind for kind in text.get("layer_types") or ())
     if windows or not (on_cpu or "max_blocks" in pages.model_fields_set):
         return  # a GPU's memory, or what windows need, is known once the engine is up

@@ -252,9 +252,10 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
 def _explain(error: ValidationError) -> str:
     lines: dict[str, list[str]] = {}  # by path: of a key that may be of several kinds, what each asks for
     for detail in error.errors():
-        location = _keys(detail["loc"])
+        unknown = detail["type"] == "extra_forbidden"
+        location = detail["loc"] if unknown else _keys(detail["loc"])
         path = ".".join(str(part) for part in location) or "settings"
-        if detail["type"] == "extra_forbidden":
+        if unknown:
             known = _known_keys(_section_at(location[:-1]))
             nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
             text = f"unknown key {path!r}; did you mean {nearest[0]!r}? Known keys there: {', '.join(known)}"

@@ -147,3 +147,7 @@ def test_local_paths_are_taken_from_the_files_own_folder(tmp_path: Path) -> None
     assert settings.store.path == str(tmp_path / "store")
     assert settings.router.front_end_args["chat_template"] == str(tmp_path / "chat.jinja")
     assert loaded(tmp_path, "isq: {calibration: some/dataset}").isq.calibration == "some/dataset"  # type: ignore[union-attr]
+
+
+def test_a_key_that_is_named_as_a_kind_is_unknown(tmp_path: Path) -> None:
+    assert "unknown key 'engine.int'" in refused(tmp_path, "engine: {int: 5}").message
