@@ -51,16 +51,14 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     _FLOAT,
     re.compile(
         r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"
     ),
     list("-+0123456789."),
 )
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    _INT, re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z|0x[0-9a-fA-F_]+\Z"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z|0x[0-9a-fA-F_]+\Z"), list("-+0123456789"))
 
 
 def read_settings_file(file: Path) -> dict[str, Any]:

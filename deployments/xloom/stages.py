@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,15 +21,24 @@ class Stages(AbstractContextManager["Stages"]):
         self._live = console.status("") if console.is_terminal else None
         self._name = ""
         self._began = self._said = 0.0
+        self._over = threading.Event()
 
     def __enter__(self) -> Stages:
         if self._live is not None:
             self._live.start()
+        else:
+            threading.Thread(target=self._go_on, daemon=True).start()
         return self
+
+    def _go_on(self) -> None:
+        """A stage may be one long call: nobody is there to say that it goes on."""
+        while not self._over.wait(STILL_S):
+            self.still()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
         self._finish("" if error is None else ", and it failed")
         if self._live is not None:
             self._live.stop()
@@ -48,7 +58,7 @@ class Stages(AbstractContextManager["Stages"]):
         seconds = self._clock() - self._began
         if self._live is not None:
             self._live.update(f"{self._name} ({seconds:.0f} s)" if seconds >= 1 else self._name)
-        elif self._clock() - self._said >= STILL_S:
+        elif self._name and self._clock() - self._said >= STILL_S:
             self._said = self._clock()
             self._print(f"{self._name}: {seconds:.0f} s so far")
 
