@@ -106,7 +106,7 @@ def _folder() -> Path:
 def _logging_config(level: str) -> dict[str, Any]:
     from vllm.logger import DEFAULT_LOGGING_CONFIG
 
-    config = deepcopy(DEFAULT_LOGGING_CONFIG)
+    config: dict[str, Any] = deepcopy(DEFAULT_LOGGING_CONFIG)
     config["handlers"]["vllm"]["level"] = config["loggers"]["vllm"]["level"] = level
     for formatter in config["formatters"].values():
         formatter["log_level"] = level
