@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from xloom.app import APP_NAME
 from xloom.protocol import XloomError
+from xloom.router.start_failures import own_error
 from xloom.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def start(
 
 
 def start_failed(messages: list[str]) -> XloomError:
-    """Serve's account of why a deployment did not start: tracebacks, of which the last line counts."""
-    lines = [line for message in messages for line in message.strip().splitlines() if line.strip()]
-    named = [line for line in lines if "XloomError: " in line]
-    said = named[-1].partition("XloomError: ")[2] if named else "\n".join(lines[-LOG_LINES:])
+    """Serve's account of why a deployment did not start: tracebacks, of which our own error counts, else the end."""
+    text = "\n".join(messages)
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = own_error(text) or "\n".join(lines[-LOG_LINES:])
     return XloomError("start_failed", f"The deployment did not start: {said}", "Mend what it says, start again.", 500)

@@ -19,9 +19,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from xloom.protocol import XloomError
 from xloom.quantization import calibration
 from xloom.quantization.folding import FOLDING_FILE
 from xloom.quantization.job import Job, read_job
+from xloom.quantization.layers import check_layers
 
 BATCH = 8  # windows
 TEXT_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # what a tokenizer may be made of
@@ -44,6 +46,11 @@ class Progress:
         """One part of a stage is done."""
         self._done += 1
         self._write(name)
+
+    def refuse(self, error: XloomError) -> None:
+        """It is not done, for a reason that the user can act on."""
+        self._stream.write(json.dumps({"error": [error.code, error.message, error.cure, error.status]}) + "\n")
+        self._stream.flush()
 
     def _write(self, stage: str) -> None:
         done = min(self._done, self._total)
@@ -81,14 +88,22 @@ def load(job: Job) -> Any:
     return model
 
 
-def batches(job: Job, positions: int) -> list[dict[str, Tensor]]:
-    """The calibration windows, by batch; the model has `positions`."""
-    from transformers import AutoTokenizer
+def batches(job: Job) -> list[dict[str, Tensor]]:
+    """The calibration windows, by batch. Raises `XloomError` (no_calibration)."""
+    from transformers import AutoConfig, AutoTokenizer
 
+    text = AutoConfig.from_pretrained(job.model, trust_remote_code=False).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or calibration.LENGTH
     tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
     texts = calibration.documents(job.calibration, held_out=False)
     length = min(calibration.LENGTH, positions)
     windows = calibration.windows(texts, calibration.encoder(tokenizer), job.samples, length)
+    if not any(windows):
+        raise XloomError(
+            "no_calibration",
+            f"isq.calibration {job.calibration!r} is no text to the model's tokenizer.",
+            "Name a file with more text, or sample.",
+        )
     made = []
     for start in range(0, len(windows), BATCH):
         rows = windows[start : start + BATCH]
@@ -274,18 +289,29 @@ def save(job: Job, model: Any, folding: dict[str, Tensor]) -> None:
 
 
 def main(file: str) -> None:
-    """Do the job in a file. Its result is in the folder the job names, and the last line of progress says `done`."""
+    """Do the job in a file. Its result is in the folder the job names, and the last line of progress says `done`.
+
+    What is refused is told as an `error`: the parts of the `XloomError`.
+    """
     progress = Progress(own_stdout())
     end_with_parent()
-    job = read_job(Path(file))
+    try:
+        work(read_job(Path(file)), progress)
+    except XloomError as error:
+        progress.refuse(error)
+
+
+def work(job: Job, progress: Progress) -> None:
+    """From the plain model to the files of the quantised one. Raises `XloomError`."""
     torch.manual_seed(0)
     start = time.perf_counter()
-    progress.stage("load")
-    model = load(job)
+    check_layers(job)
     data: list[dict[str, Tensor]] = []
     if job.recipe.calibrates:
         progress.stage("calibration text")
-        data = batches(job, model.config.max_position_embeddings)
+        data = batches(job)
+    progress.stage("load")
+    model = load(job)
     folds = quantise(job, model, data, progress)
     progress.stage("save")
     narrow(job, model)

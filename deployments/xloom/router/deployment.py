@@ -21,6 +21,7 @@ from xloom.router.http import Control, attach_routes
 from xloom.router.listener import HttpListener
 from xloom.router.manifest_watch import ManifestWatch
 from xloom.router.request_id import RequestIdMiddleware
+from xloom.router.start_failures import engine_failure
 from xloom.router.traffic import Traffic
 from xloom.settings import Settings
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DESCRIBE_TIMEOUT_S = 5.0
+FAILURE_PERIOD_S = 2.0
 FIRST_MANIFEST_S = 60.0
 
 
@@ -58,6 +60,7 @@ class Router:
 
         self._replicas = replicas
         self._starving: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
         RECORDER.start()
         self._tracing = traces.start(watch.traces, "router", router_id)
         journal = journal_for("router", router_id, base, lines=watch.logs.requests, tracing=self._tracing)
@@ -97,8 +100,18 @@ class Router:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
                 found = await self._replicas.broadcast("describe").results_async(return_exceptions=True)
         except (DeploymentUnavailableError, TimeoutError):
-            return []
-        return [ReplicaInfo(**each) for each in found if isinstance(each, dict)]
+            found = []
+        infos = [ReplicaInfo(**each) for each in found if isinstance(each, dict)]
+        if infos:
+            self._dispatcher.start_failure = ""
+        elif self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask_why())  # beside the search, which waits for no controller
+        return infos
+
+    async def _ask_why(self) -> None:
+        """Why no replica is there: asked of the controller no more often than it changes."""
+        self._dispatcher.start_failure = await engine_failure()
+        await asyncio.sleep(FAILURE_PERIOD_S)
 
     def _ask_for_a_replica(self) -> None:
         """Requests wait and none is there: a call queued at Serve's handle is what wakes a deployment at zero."""
@@ -116,6 +129,8 @@ class Router:
         listener: HttpListener | None = getattr(self, "_listener", None)
         if listener is None:
             return
+        if self._asking is not None:
+            self._asking.cancel()
         await listener.close()
         await self._manifest.close()
         await self._dispatcher.close()

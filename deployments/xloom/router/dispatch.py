@@ -62,6 +62,7 @@ class Dispatcher:
         self.on_tokens: OnStep = lambda chunks: None
         self.on_failed: OnFailed = lambda request_id, error: None
         self.on_figures: Callable[[], None] = lambda: None  # a replica reported
+        self.start_failure = ""  # why the newest replica did not start, where there is none
         self.on_starved: Callable[[], None] = lambda: None  # requests wait and there is no replica
         self._ready_timeout_s = ready_timeout_s
         self._requests: dict[str, _RequestState] = {}
@@ -178,8 +179,13 @@ class Dispatcher:
 
     def _time_out(self, state: _RequestState) -> None:
         message = f"No replica was ready within {self._ready_timeout_s:g} s."
-        cure = "See `xloom status`; raise replicas.min to keep one warm."
-        self._fail(state, XloomError("no_replica_ready", message, cure, 503))
+        self._fail(state, self.none_ready(message, "See `xloom status`; raise replicas.min to keep one warm."))
+
+    def none_ready(self, message: str, cure: str) -> XloomError:
+        """What a client is told when no replica can answer: with the cause, where one did not start."""
+        if self.start_failure and not self.directory.links:
+            message, cure = f"{message} The last one did not start: {self.start_failure}", ""
+        return XloomError("no_replica_ready", message, cure, 503)
 
     # Ends.
 

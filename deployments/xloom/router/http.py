@@ -161,7 +161,7 @@ def attach_routes(app: FastAPI, control: Control) -> None:
 
     async def ready() -> dict[str, Any]:
         if not control.dispatcher.is_ready:
-            raise XloomError("no_replica_ready", "No replica can answer now.", "See `xloom status`.", 503)
+            raise control.dispatcher.none_ready("No replica can answer now.", "See `xloom status`.")
         return {"ready": True, "replicas": len(control.dispatcher.directory.links)}
 
     async def status() -> dict[str, Any]:
@@ -170,6 +170,7 @@ def attach_routes(app: FastAPI, control: Control) -> None:
             "model": control.model,
             "replicas": control.replicas(),
             "adapters": control.adapters(),
+            "start_failure": "" if dispatcher.directory.links else dispatcher.start_failure,
             "router": {"id": dispatcher.router_id, "in_flight": dispatcher.in_flight},
         }
 

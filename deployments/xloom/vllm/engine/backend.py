@@ -87,6 +87,7 @@ class VLLMBackend(LLMBackend):
         cls.require()
         from xloom.quantization.folding import read_folding
         from xloom.vllm.engine.arguments import check_pages, engine_config
+        from xloom.vllm.engine.causes import recorded, start_error
         from xloom.vllm.engine.mixture import MixtureReader
 
         if isq is not None:
@@ -97,9 +98,13 @@ class VLLMBackend(LLMBackend):
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.executor import Executor
 
-        core = await asyncio.to_thread(
-            EngineCoreClient.make_async_mp_client, config, Executor.get_class(config), log_stats=True
-        )
+        with recorded(config) as causes:
+            try:
+                core = await asyncio.to_thread(
+                    EngineCoreClient.make_async_mp_client, config, Executor.get_class(config), log_stats=True
+                )
+            except Exception as error:
+                raise start_error(error, causes) from error
         if xlora:
             try:
                 check_pages(config)
