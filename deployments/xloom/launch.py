@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from xloom.adapters.manifest import Entry
-from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, lora_rank, open_adapters
+from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, for_stored, lora_rank, open_adapters
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
 from xloom.observability.logs import serve_logging
@@ -164,6 +164,7 @@ def serve_forever(settings: Settings) -> None:
             cluster.start()
             status.update("Preparing adapters")
             store, entries = asyncio.run(open_adapters(settings))
+            settings = for_stored(settings, entries)
             port = _deploy(settings, store, entries, cluster, status, stop)
         if not stop.is_set():
             _greet(settings, entries, port)

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from xloom.quantization import calibration
+from xloom.quantization.feeding import Fold, cancelling, norm_folds
 from xloom.quantization.folding import FOLDING_FILE
 from xloom.quantization.job import Job, read_job
 
 BATCH = 8  # windows
+SAMPLE = 16  # tokens
 TEXT_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # what a tokenizer may be made of
 WRITTEN = ("config.json",)  # and the weights with their index: not the source's any more
 
@@ -98,7 +100,7 @@ def batches(job: Job, positions: int) -> list[dict[str, Tensor]]:
     return made
 
 
-def modifiers(job: Job) -> list[Any]:
+def modifiers(job: Job, model: Any, data: list[dict[str, Tensor]]) -> list[Any]:
     """llmcompressor's modifiers for the recipe; llmcompressor 0.14."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -126,8 +128,36 @@ def modifiers(job: Job) -> list[Any]:
     if recipe.method == "awq":
         return [AWQModifier(), rounding]
     if recipe.method == "smoothquant":
-        return [SmoothQuantModifier(), rounding]
+        # Not the library's own mappings, which go by names: Gemma's post_attention_layernorm feeds no linear.
+        folds = norm_folds(model, sample(data), job.ignore)
+        if not folds:
+            raise ValueError("SmoothQuant: no norm of this model feeds linears alone. Use isq.method gptq or rtn.")
+        return [SmoothQuantModifier(mappings=[(list(fold.behind), fold.smooth) for fold in folds]), rounding]
     return [rounding]
+
+
+def sample(data: list[dict[str, Tensor]]) -> Tensor:
+    """A few tokens `[1, SAMPLE]` to run the model on."""
+    return data[0]["input_ids"][:1, :SAMPLE]
+
+
+def keep_cancelling(model: nn.Module, ids: Tensor) -> None:
+    """Have AWQ fold only where a fold leaves the model as it is; its mappings go by names.
+
+    Relied on: AWQModifier._set_resolved_mappings, ._resolved_mappings; llmcompressor 0.14.
+    """
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    resolve = AWQModifier._set_resolved_mappings
+
+    def resolve_cancelling(modifier: Any, resolved: Any) -> None:
+        resolve(modifier, resolved)
+        folds = [Fold(each.smooth_name, tuple(each.balance_names)) for each in modifier._resolved_mappings]
+        kept = set(cancelling(model, ids, folds))
+        pairs = zip(folds, modifier._resolved_mappings, strict=True)
+        modifier._resolved_mappings = [mapping for fold, mapping in pairs if fold in kept]
+
+    AWQModifier._set_resolved_mappings = resolve_cancelling
 
 
 class Folds:
@@ -214,11 +244,14 @@ def quantise(job: Job, model: Any, data: list[dict[str, Tensor]], progress: Prog
     LifecycleCallbacks.sequential_epoch_end = epoch_end
     folds = Folds(model)
     folds.record()
+    if job.recipe.method == "awq":
+        keep_cancelling(model, sample(data))
+    recipe = modifiers(job, model, data)
     layers = model.config.num_hidden_layers
     progress.stage("quantise", layers + 1 + job.recipe.smooths if data else 1)
     oneshot(
         model=model,
-        recipe=modifiers(job),
+        recipe=recipe,
         # A loader of whole batches; without it the pipeline is the one that needs no data.
         dataset=DataLoader(data, batch_size=None) if data else None,  # type: ignore[arg-type]
         num_calibration_samples=job.samples,
