@@ -55,7 +55,7 @@ def norm_folds(model: nn.Module, ids: Tensor, ignored: Collection[str] = ()) -> 
         elif isinstance(weight, Tensor) and weight.ndim == 1:
             handles.append(module.register_forward_hook(lambda _, __, output, name=name: wrote(name, output)))
     try:
-        _logits(model, ids)
+        logits(model, ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -66,7 +66,7 @@ def norm_folds(model: nn.Module, ids: Tensor, ignored: Collection[str] = ()) -> 
 @torch.no_grad()
 def cancelling(model: nn.Module, ids: Tensor, folds: Sequence[Fold]) -> list[Fold]:
     """Those of the folds that leave the model as it is. Tried kind by kind, and one by one where a kind fails."""
-    plain = _logits(model, ids)
+    plain = logits(model, ids)
     by_kind: dict[tuple[str, ...], list[Fold]] = {}
     for fold in folds:
         by_kind.setdefault(fold.kind, []).append(fold)
@@ -84,10 +84,11 @@ def _same(plain: Tensor, folded: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """A causal model's logits of `ids [rows, tokens]`, in float32."""
     device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-    return logits.float()
+    found: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    return found.float()
 
 
 def _folded_logits(model: nn.Module, ids: Tensor, folds: Sequence[Fold]) -> Tensor:
@@ -109,7 +110,7 @@ def _folded_logits(model: nn.Module, ids: Tensor, folds: Sequence[Fold]) -> Tens
 
             handles.append(model.get_submodule(fold.smooth).register_forward_hook(divide))
             handles += [model.get_submodule(name).register_forward_pre_hook(multiply) for name in fold.behind]
-        return _logits(model, ids)
+        return logits(model, ids)
     finally:
         for handle in handles:
             handle.remove()

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from xloom.quantization import calibration
-from xloom.quantization.feeding import Fold, cancelling, norm_folds
+from xloom.quantization.feeding import Fold, cancelling, logits, norm_folds
 from xloom.quantization.folding import FOLDING_FILE
 from xloom.quantization.job import Job, read_job
 
 BATCH = 8  # windows
 SAMPLE = 16  # tokens
+FOLDED_APART, NARROW_APART = 0.01, 0.1  # of the largest logit, in float32 and in 16 bits
 TEXT_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # what a tokenizer may be made of
 WRITTEN = ("config.json",)  # and the weights with their index: not the source's any more
 
@@ -247,6 +248,7 @@ def quantise(job: Job, model: Any, data: list[dict[str, Tensor]], progress: Prog
     if job.recipe.method == "awq":
         keep_cancelling(model, sample(data))
     recipe = modifiers(job, model, data)
+    plain = logits(model, sample(data)) if job.recipe.smooths else None
     layers = model.config.num_hidden_layers
     progress.stage("quantise", layers + 1 + job.recipe.smooths if data else 1)
     oneshot(
@@ -257,7 +259,25 @@ def quantise(job: Job, model: Any, data: list[dict[str, Tensor]], progress: Prog
         num_calibration_samples=job.samples,
         moe_calibrate_all_experts=False,
     )
+    if plain is not None:
+        check_folded(model, sample(data), plain)
     return folds
+
+
+def check_folded(model: nn.Module, ids: Tensor, plain: Tensor) -> None:
+    """Hold a quantised model, its rounding switched off, against its own base: what is folded must have cancelled.
+
+    Raises `ValueError`.
+    """
+    from compressed_tensors.quantization import disable_quantization, enable_quantization
+
+    model.apply(disable_quantization)
+    folded = logits(model, ids)
+    model.apply(enable_quantization)
+    apart = ((folded - plain).abs().max() / plain.abs().max()).item()
+    limit = FOLDED_APART if next(model.parameters()).dtype == torch.float32 else NARROW_APART
+    if not apart <= limit:
+        raise ValueError(f"The folded model is not its base any more: its logits are {apart:.1%} apart.")
 
 
 def narrow(job: Job, model: Any) -> None:

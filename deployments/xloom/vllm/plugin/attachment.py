@@ -7,14 +7,21 @@ does not wrap or names otherwise, and linears whose weights attention has absorb
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from xloom.mixtures.lora import PREFIX
-
 ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of an adapter: the start of its tensors' keys, and vLLM's name for it; empty for what it skips."""
+
+    stem: str
+    engine_name: str
 
 
 def unapplied(manager: Any, folder: Path) -> list[str]:
@@ -22,10 +29,12 @@ def unapplied(manager: Any, folder: Path) -> list[str]:
 
     Before it is loaded. A module that another rank holds (pipeline parallelism) is missing here as well.
     """
-    names = engine_names(manager, folder)
+    held = modules_of(manager, folder)
     taken = set(slices_by_name(manager))
-    times = Counter(names.values())
-    return sorted(module for module, name in names.items() if name not in taken or times[name] > 1)
+    times = Counter(module.engine_name for module in held.values())
+    return sorted(
+        name for name, module in held.items() if module.engine_name not in taken or times[module.engine_name] > 1
+    )
 
 
 def unattached(manager: Any, lora_id: int, folder: Path) -> list[str]:
@@ -34,17 +43,17 @@ def unattached(manager: Any, lora_id: int, folder: Path) -> list[str]:
     slot = manager.lora_index_to_id.index(lora_id)
     slices, lost = slices_by_name(manager), []
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-        for module, name in engine_names(manager, folder).items():
-            for part, stacked in zip("AB", slices.get(name, ((), ())), strict=True):
-                wanted = bool(file.get_tensor(f"{PREFIX}{module}.lora_{part}.weight").any())
+        for name, module in modules_of(manager, folder).items():
+            for part, stacked in zip("AB", slices.get(module.engine_name, ((), ())), strict=True):
+                wanted = bool(file.get_tensor(f"{module.stem}.lora_{part}.weight").any())
                 if wanted and not any(bool(tensor[slot].any()) for tensor in stacked):
-                    lost.append(module)
+                    lost.append(name)
                     break
     return sorted(lost)
 
 
-def engine_names(manager: Any, folder: Path) -> dict[str, str]:
-    """A prepared adapter's modules -> vLLM's names for them; an empty name for what it does not read.
+def modules_of(manager: Any, folder: Path) -> dict[str, Module]:
+    """A prepared adapter's modules by their own names, as vLLM would load them.
 
     As `WorkerLoRAManager._load_adapter` and `LoRAModel.from_lora_tensors` do it, vLLM 0.32.
     """
@@ -54,19 +63,19 @@ def engine_names(manager: Any, folder: Path) -> dict[str, str]:
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     mapper = None if mapper is None else mapper.get_rename_mapper()
     skipped = getattr(manager.model, "lora_skip_prefixes", None) or []
-    names = {}
+    found = {}
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
         keys = list(file.keys())
     for key in keys:
-        module, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
+        stem, _, part = key.rpartition(".lora_")
         if part != "A.weight":
             continue
         try:
             name = "" if LoRAModel._should_skip_module(key, skipped) else parse_fine_tuned_lora_name(key, mapper)[0]
         except ValueError:
             name = ""
-        names[module] = name
-    return names
+        found[parse_fine_tuned_lora_name(key)[0]] = Module(stem, name)
+    return found
 
 
 def slices_by_name(manager: Any) -> dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]:
