@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from xloom.adapters.manifest import Entry
-from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, lora_rank, open_adapters
+from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, for_stored, lora_rank, open_adapters
 from xloom.observability.logs import serve_logging
 from xloom.preflight import refuse
 from xloom.processes import end_marked
@@ -155,6 +155,7 @@ def serve_forever(settings: Settings) -> None:
             cluster.start()
             stages.begin("Preparing adapters")
             store, entries = asyncio.run(open_adapters(settings))
+            settings = for_stored(settings, entries)
             port = _deploy(settings, store, entries, cluster, stages, stop)
         if not stop.is_set():
             _greet(settings, entries, port)

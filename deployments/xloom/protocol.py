@@ -6,6 +6,7 @@ replica; over it go submissions and aborts one way, and one `Step` for each engi
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgspec
@@ -34,6 +35,11 @@ def split_adapter_key(key: str) -> tuple[str, str]:
     """The name and the generation in an `adapter_key`; text without a generation is a name, with ""."""
     name, separator, generation = key.rpartition("@")
     return (name, generation) if separator else (key, "")
+
+
+def adapter_number(key: str) -> int:
+    """The positive 31-bit number that any process derives alike from an `adapter_key`; two keys may share one."""
+    return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF) or 1
 
 
 class AdapterRef(msgspec.Struct, frozen=True):

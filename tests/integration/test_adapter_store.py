@@ -174,6 +174,20 @@ async def test_another_base_model_has_a_store_of_its_own(
     assert [entry.name for entry in await store.entries()] == ["code"]
 
 
+async def test_a_store_of_other_settings_is_replaced_and_found_by_those_who_held_it(
+    store: StoreClient, sources: dict[str, Path], folder: Path
+) -> None:
+    await store.add("code", str(sources["code"]))
+    before = await process_id(store)
+    same = await open_store(str(folder), str(sources["base"]), reserved_names=["base"])
+    assert await process_id(same) == before
+    narrow = await open_store(str(folder), str(sources["base"]), reserved_names=["base"], max_rank=2)
+    assert await process_id(narrow) != before
+    assert [entry.name for entry in await store.entries()] == ["code"]  # through a client of the one that is gone
+    with pytest.raises(XloomError, match="limit is 2"):
+        await store.add("docs", str(sources["docs"]))
+
+
 async def test_a_store_that_is_not_there_is_store_unavailable(
     cluster: None, sources: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
 from xloom.adapters.manifest import Entry, Manifest, ManifestFile, generation_of, read_files
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
-from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_number
 from xloom.storage.durable import sync, sync_tree
 
 if TYPE_CHECKING:
@@ -95,18 +95,26 @@ class AdapterCatalog:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        configured: bool = False,
     ) -> Entry:
         """Take an adapter or bundle in (`kind` None: whichever it is). Raises `XloomError` and changes nothing.
 
         Adding what is there already changes nothing; other content under the same name is adapter_exists
         unless `replace`.
         """
-        with self.stage(name, source, kind, overrides, verify=verify) as staged:
+        with self.stage(name, source, kind, overrides, verify=verify, configured=configured) as staged:
             return self.commit(staged, replace=replace, max_rank=max_rank)
 
     @contextmanager
     def stage(
-        self, name: str, source: str, kind: str | None, overrides: Overrides, *, verify: bool = False
+        self,
+        name: str,
+        source: str,
+        kind: str | None,
+        overrides: Overrides,
+        *,
+        verify: bool = False,
+        configured: bool = False,
     ) -> Iterator[Staged]:
         """Fetch, check and prepare a source; what is not committed within the block is deleted."""
         check_name(name, self._reserved)
@@ -131,6 +139,7 @@ class AdapterCatalog:
                 overrides=overrides,
                 added_at=time.time(),
                 verify=verify,
+                configured=configured,
             )
             yield Staged(entry, prepared)
         except OSError as error:
@@ -156,13 +165,22 @@ class AdapterCatalog:
             root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
         )
 
-    def commit(self, staged: Staged, *, replace: bool = False, max_rank: int | None = None) -> Entry:
-        """Make a staged adapter part of the desired state. Raises `XloomError` (adapter_exists, rank_too_large).
+    def commit(
+        self, staged: Staged, *, replace: bool = False, max_rank: int | None = None, mixtures: bool = True
+    ) -> Entry:
+        """Make a staged adapter part of the desired state.
 
         `max_rank` is what the engines that run now have room for; None: none run yet. Those that run hold what is
-        here already unproved, so that they can't be asked to prove it.
+        here already unproved, so that they can't be asked to prove it. `mixtures`: whether they serve bundles.
+        Raises `XloomError`: adapter_exists, adapter_number_taken, rank_too_large, unsupported_by_backend.
         """
         entry = staged.entry
+        if entry.kind == "xlora" and not mixtures:
+            raise XloomError(
+                "unsupported_by_backend",
+                f"{entry.name!r} is an X-LoRA bundle, and these engines were started without mixtures.",
+                "Set engine.enable_xlora: true, with engine.backend vllm or transformers, and start again.",
+            )
         if max_rank is not None and entry.rank > max_rank:
             raise XloomError(
                 "rank_too_large",
@@ -172,7 +190,7 @@ class AdapterCatalog:
         with self._changing:
             old = self._manifest.get(entry.name)
             if old is not None and old.generation == entry.generation:
-                return self._with_verify(old, entry.verify, running=max_rank is not None)
+                return self._with_flags(old, entry, running=max_rank is not None)
             if old is not None and not replace:
                 raise XloomError(
                     "adapter_exists",
@@ -180,6 +198,7 @@ class AdapterCatalog:
                     "Remove it first, replace it, or choose another name.",
                     409,
                 )
+            self._check_number(entry)
             target = self._prepared / entry.generation
             kept = self._replaced
             try:
@@ -195,18 +214,32 @@ class AdapterCatalog:
                 raise _unwritable(self._prepared.parent, error) from None
             return entry
 
-    def _with_verify(self, entry: Entry, verify: bool, *, running: bool) -> Entry:
-        """An entry that is there, to be proved or not by engines that start from now on."""
-        if verify == entry.verify or (running and not verify):
+    def _check_number(self, entry: Entry) -> None:
+        """Engines tell adapters apart by a number of 31 bits: two that share one would be served as each other."""
+        number = adapter_number(entry.key)
+        for other in (*self._manifest.entries, *self._replaced.values()):
+            if other.key != entry.key and adapter_number(other.key) == number:
+                raise XloomError(
+                    "adapter_number_taken",
+                    f"{entry.name!r} would have the number that {other.name!r} has inside the engines.",
+                    "Choose another name for it.",
+                    409,
+                )
+
+    def _with_flags(self, entry: Entry, wanted: Entry, *, running: bool) -> Entry:
+        """An entry that is there: configured from now on, to be proved or not by engines that start from now on."""
+        configured = entry.configured or wanted.configured
+        verify = entry.verify if running and not wanted.verify else wanted.verify
+        if (verify, configured) == (entry.verify, entry.configured):
             return entry
-        if running:
+        if running and verify != entry.verify:
             raise XloomError(
                 "adapter_exists",
                 f"{entry.name!r} is served already, and was not verified.",
                 "Remove it first: it is verified when a replica loads it.",
                 409,
             )
-        entry = msgspec.structs.replace(entry, verify=verify)
+        entry = msgspec.structs.replace(entry, verify=verify, configured=configured)
         self._change(self._manifest.with_entry(entry))
         return entry
 
@@ -224,6 +257,18 @@ class AdapterCatalog:
             self._replaced.pop(name, None)
             self._change(self._manifest.without(name))
             return entry
+
+    def prune(self, names: Collection[str]) -> list[Entry]:
+        """Take out what a settings file once named and `names` lacks; what was added at run time stays."""
+        with self._changing:
+            left = [entry for entry in self._manifest.entries if entry.configured and entry.name not in names]
+            manifest = self._manifest
+            for entry in left:
+                self._replaced.pop(entry.name, None)
+                manifest = manifest.without(entry.name)
+            if left:
+                self._change(manifest)
+            return left
 
     def revert(self, name: str, generation: str) -> Entry | None:
         """Undo the add of an entry: what it replaced comes back, else it is removed. None when it is there no more."""

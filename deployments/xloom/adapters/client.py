@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -13,11 +15,14 @@ from typing import Any, cast
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
+from xloom.adapters.identity import identity_of
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import Refusal, ReplicaReport
 from xloom.adapters.store import AdapterStore
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.settings import LogSettings
+
+logger = logging.getLogger(__name__)
 
 ACTOR_NAME = "xloom-adapter-store"
 NAMESPACE = "xloom"
@@ -31,8 +36,9 @@ class StoreClient:
     Every method raises the store's `XloomError`s, and store_unavailable (503) when the actor stays away.
     """
 
-    def __init__(self, actor: Any, patience_s: float = _PATIENCE_S) -> None:
+    def __init__(self, actor: Any, patience_s: float = _PATIENCE_S, named: tuple[str, str] | None = None) -> None:
         self._actor = actor
+        self._named = named  # the actor's name and namespace: a deployment may have replaced it
         self._patience_s = patience_s
 
     async def add(
@@ -45,9 +51,12 @@ class StoreClient:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        configured: bool = False,
+        mixtures: bool = True,
     ) -> Entry:
-        """Take an adapter or bundle in; see `AdapterCatalog.add`."""
-        return cast(Entry, await self._call("add", name, source, kind, overrides, replace, max_rank, verify))
+        """Take an adapter or bundle in; see `AdapterCatalog.add` and `.commit`."""
+        arguments = (name, source, kind, overrides, replace, max_rank, verify, configured, mixtures)
+        return cast(Entry, await self._call("add", *arguments))
 
     async def remove(self, name: str) -> Entry | None:
         """Take an adapter out; its entry, None when the store died after removing it. Raises adapter_not_found."""
@@ -56,6 +65,10 @@ class StoreClient:
     async def revert(self, name: str, generation: str) -> Entry | None:
         """Undo an add; see `AdapterCatalog.revert`."""
         return cast("Entry | None", await self._call("revert", name, generation))
+
+    async def prune(self, names: Sequence[str]) -> list[Entry]:
+        """Take out what left the settings file; see `AdapterCatalog.prune`."""
+        return cast("list[Entry]", await self._call("prune", list(names)))
 
     async def entries(self) -> tuple[Entry, ...]:
         """All adapters and bundles."""
@@ -126,6 +139,9 @@ class StoreClient:
                     raise _unavailable(error) from None
                 repeated = True
                 await asyncio.sleep(_RETRY_S)
+                if self._named is not None:
+                    with contextlib.suppress(ValueError):  # there is none of the name at the moment
+                        self._actor = await asyncio.to_thread(ray.get_actor, *self._named)
 
 
 def store_folder(path: str, base_source: str, base_revision: str | None = None) -> Path:
@@ -147,13 +163,17 @@ async def open_store(
 ) -> StoreClient:
     """Create the actor that owns a base model's folder, or find it: a cluster has one for each.
 
-    `logs` is how it logs if it is new; one that is there goes on as it began.
+    One that runs other code, or was told something else, is replaced; what it holds is on disk, and clients of it
+    find the new one by its name.
     """
     folder = str(store_folder(path, base_source, base_revision))
+    arguments = (folder, base_source, max_rank, list(reserved_names), base_revision, logs)
+    named = (f"{ACTOR_NAME}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}", namespace)
+    await _end_another(named, await asyncio.to_thread(identity_of, *arguments))
     actor = (
         ray.remote(AdapterStore)
         .options(
-            name=f"{ACTOR_NAME}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}",
+            name=named[0],
             namespace=namespace,
             lifetime="detached",
             get_if_exists=True,
@@ -164,11 +184,32 @@ async def open_store(
             # Calls that died with the actor are repeated by StoreClient, which knows what repeating one means.
             max_task_retries=0,
         )
-        .remote(folder, base_source, max_rank, list(reserved_names), base_revision, logs)
+        .remote(*arguments)
     )
-    client = StoreClient(actor)
+    client = StoreClient(actor, named=named)
     await client.entries()  # a folder that can't be used shows now
     return client
+
+
+async def _end_another(named: tuple[str, str], identity: str) -> None:
+    """End the actor of this name if it is not what one made now would be. Raises `XloomError` (store_unavailable)."""
+    deadline = time.monotonic() + _PATIENCE_S
+    ended = False
+    while True:
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, *named)
+        except ValueError:
+            return
+        if not ended:
+            with contextlib.suppress(AttributeError, RayActorError):  # of a release without the method; one that died
+                if await asyncio.wait_for(actor.identity.remote(), _PATIENCE_S) == identity:
+                    return
+            logger.warning("the adapter store runs other code or other settings: it is replaced")
+            ray.kill(actor, no_restart=True)
+            ended = True
+        if time.monotonic() > deadline:
+            raise _unavailable(TimeoutError("it does not end, and can't be replaced"))
+        await asyncio.sleep(_RETRY_S)
 
 
 def _unavailable(error: BaseException) -> XloomError:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from xloom.adapters.catalog import AdapterCatalog
+from xloom.adapters.identity import identity_of
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, Refusal, ReplicaReport, Residency
 from xloom.observability import table
@@ -50,6 +51,7 @@ class AdapterStore:
     ) -> None:
         if logs is not None:
             configure(logs, "store", "store")
+        self._identity = identity_of(folder, base_source, max_rank, list(reserved_names), base_revision, logs)
         self._arguments = (Path(folder), base_source, max_rank, tuple(reserved_names), base_revision)
         self._opened: AdapterCatalog | None = None
         self._opening = asyncio.Lock()
@@ -62,6 +64,10 @@ class AdapterStore:
         self._started = time.monotonic()
         RECORDER.start()
 
+    def identity(self) -> str:
+        """Its `identity_of`."""
+        return self._identity
+
     # Desired state.
 
     async def add(
@@ -73,16 +79,20 @@ class AdapterStore:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        configured: bool = False,
+        mixtures: bool = True,
     ) -> Entry:
-        """Take an adapter or bundle in; see `AdapterCatalog.add`."""
+        """Take an adapter or bundle in; see `AdapterCatalog.add` and `.commit`."""
         catalog = await self._catalog()
         with _counted("add", catalog):
             async with self._staging:
-                stage = catalog.stage(name, source, kind, overrides, verify=verify)
+                stage = catalog.stage(name, source, kind, overrides, verify=verify, configured=configured)
                 staged = await asyncio.to_thread(stage.__enter__)
                 try:
                     async with self._committing:
-                        entry = await asyncio.to_thread(catalog.commit, staged, replace=replace, max_rank=max_rank)
+                        entry = await asyncio.to_thread(
+                            catalog.commit, staged, replace=replace, max_rank=max_rank, mixtures=mixtures
+                        )
                 finally:
                     await asyncio.to_thread(stage.__exit__, None, None, None)
         logger.info("%s %s is in the store, generation %s", entry.kind, entry.name, entry.generation[:12])
@@ -108,6 +118,17 @@ class AdapterStore:
         logger.info("%s is taken back, generation %s", name, generation[:12])
         await self._wake()
         return entry
+
+    async def prune(self, names: Sequence[str]) -> list[Entry]:
+        """Take out what left the settings file; see `AdapterCatalog.prune`."""
+        catalog = await self._catalog()
+        with _counted("prune", catalog):
+            async with self._committing:
+                left = await asyncio.to_thread(catalog.prune, frozenset(names))
+        for entry in left:
+            logger.info("%s is out of the store: the settings name it no more", entry.name)
+        await self._wake()
+        return left
 
     async def entries(self) -> tuple[Entry, ...]:
         """All adapters and bundles."""
@@ -181,12 +202,12 @@ class AdapterStore:
                 raise XloomError("adapter_superseded", f"{name!r} was replaced or removed meanwhile.", status=409)
             if failures := self._residency.failures(key):
                 replica, refusal = next(iter(failures.items()))
-                unproved = refusal.code == NOT_VERIFIED
+                unproved, broken = refusal.code == NOT_VERIFIED, refusal.code == "internal_error"
                 raise XloomError(
                     NOT_VERIFIED if unproved else "adapter_load_failed",
                     f"{len(failures)} replicas could not load {name!r}; {replica}: {refusal.reason}",
                     "Mend the adapter, then replace it; or remove it.",
-                    422 if unproved else 500,
+                    500 if broken else 422,
                 )
             return self._settled() and not self._residency.lacking(key)
 

@@ -192,7 +192,10 @@ def _stack(bundle: Bundle, options: RoutingOptions, targeted: list[str]) -> Stac
                 adapter.tensors[name][1].float() * (adapter.scale(name) * options.global_scaling_weight)
                 for adapter in adapters
             ]
-            b = torch.cat(scaled, dim=1).to(dtype)
+            b = torch.cat(scaled, dim=1)
+            narrow = b.to(dtype)
+            # A scale that is no power of two would have B rounded a second time: it then stays in float32.
+            b = narrow if torch.equal(narrow.float(), b) else b
         stacked[name] = (a, b)
     return stacked
 

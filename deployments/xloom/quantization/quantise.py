@@ -30,7 +30,7 @@ from xloom.settings import IsqSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of what is written: raised when the same settings come to give other files
+FORMAT = 3  # of what is written: raised when the same settings come to give other files
 LOG_TAIL = 2000  # characters of the worker's log that an error shows
 
 Report = Callable[[str, int, int], None]  # stage, parts done, parts

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from xloom.protocol import XloomError
 from xloom.quantization import calibration
+from xloom.quantization.feeding import Fold, cancelling, logits, norm_folds
 from xloom.quantization.folding import FOLDING_FILE
 from xloom.quantization.job import Job, read_job
 from xloom.quantization.layers import check_layers
 
 BATCH = 8  # windows
+SAMPLE = 16  # tokens
+FOLDED_APART, NARROW_APART = 0.01, 0.1  # of the largest logit, in float32 and in 16 bits
 TEXT_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # what a tokenizer may be made of
 WRITTEN = ("config.json",)  # and the weights with their index: not the source's any more
 
@@ -113,7 +116,7 @@ def batches(job: Job) -> list[dict[str, Tensor]]:
     return made
 
 
-def modifiers(job: Job) -> list[Any]:
+def modifiers(job: Job, model: Any, data: list[dict[str, Tensor]]) -> list[Any]:
     """llmcompressor's modifiers for the recipe; llmcompressor 0.14."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -141,8 +144,36 @@ def modifiers(job: Job) -> list[Any]:
     if recipe.method == "awq":
         return [AWQModifier(), rounding]
     if recipe.method == "smoothquant":
-        return [SmoothQuantModifier(), rounding]
+        # Not the library's own mappings, which go by names: Gemma's post_attention_layernorm feeds no linear.
+        folds = norm_folds(model, sample(data), job.ignore)
+        if not folds:
+            raise ValueError("SmoothQuant: no norm of this model feeds linears alone. Use isq.method gptq or rtn.")
+        return [SmoothQuantModifier(mappings=[(list(fold.behind), fold.smooth) for fold in folds]), rounding]
     return [rounding]
+
+
+def sample(data: list[dict[str, Tensor]]) -> Tensor:
+    """A few tokens `[1, SAMPLE]` to run the model on."""
+    return data[0]["input_ids"][:1, :SAMPLE]
+
+
+def keep_cancelling(model: nn.Module, ids: Tensor) -> None:
+    """Have AWQ fold only where a fold leaves the model as it is; its mappings go by names.
+
+    Relied on: AWQModifier._set_resolved_mappings, ._resolved_mappings; llmcompressor 0.14.
+    """
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    resolve = AWQModifier._set_resolved_mappings
+
+    def resolve_cancelling(modifier: Any, resolved: Any) -> None:
+        resolve(modifier, resolved)
+        folds = [Fold(each.smooth_name, tuple(each.balance_names)) for each in modifier._resolved_mappings]
+        kept = set(cancelling(model, ids, folds))
+        pairs = zip(folds, modifier._resolved_mappings, strict=True)
+        modifier._resolved_mappings = [mapping for fold, mapping in pairs if fold in kept]
+
+    AWQModifier._set_resolved_mappings = resolve_cancelling
 
 
 class Folds:
@@ -229,17 +260,39 @@ def quantise(job: Job, model: Any, data: list[dict[str, Tensor]], progress: Prog
     LifecycleCallbacks.sequential_epoch_end = epoch_end
     folds = Folds(model)
     folds.record()
+    if job.recipe.method == "awq":
+        keep_cancelling(model, sample(data))
+    recipe = modifiers(job, model, data)
+    plain = logits(model, sample(data)) if job.recipe.smooths else None
     layers = model.config.num_hidden_layers
     progress.stage("quantise", layers + 1 + job.recipe.smooths if data else 1)
     oneshot(
         model=model,
-        recipe=modifiers(job),
+        recipe=recipe,
         # A loader of whole batches; without it the pipeline is the one that needs no data.
         dataset=DataLoader(data, batch_size=None) if data else None,  # type: ignore[arg-type]
         num_calibration_samples=job.samples,
         moe_calibrate_all_experts=False,
     )
+    if plain is not None:
+        check_folded(model, sample(data), plain)
     return folds
+
+
+def check_folded(model: nn.Module, ids: Tensor, plain: Tensor) -> None:
+    """Hold a quantised model, its rounding switched off, against its own base: what is folded must have cancelled.
+
+    Raises `ValueError`.
+    """
+    from compressed_tensors.quantization import disable_quantization, enable_quantization
+
+    model.apply(disable_quantization)
+    folded = logits(model, ids)
+    model.apply(enable_quantization)
+    apart = ((folded - plain).abs().max() / plain.abs().max()).item()
+    limit = FOLDED_APART if next(model.parameters()).dtype == torch.float32 else NARROW_APART
+    if not apart <= limit:
+        raise ValueError(f"The folded model is not its base any more: its logits are {apart:.1%} apart.")
 
 
 def narrow(job: Job, model: Any) -> None:

@@ -72,7 +72,8 @@ class Router:
         logs.adopt("vllm", "uvicorn")
         self._manifest = ManifestWatch(store, self._front_end.take)
         await self._manifest.start(FIRST_MANIFEST_S)
-        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._manifest, store)
+        mixtures = settings.xlora_enabled
+        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._manifest, store, mixtures)
         attach_routes(app, control)
         register(self._dispatcher)
         guarded = Guard(app, _secret(settings.router.api_key), _secret(settings.router.admin_key))

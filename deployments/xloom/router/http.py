@@ -32,6 +32,7 @@ class Store(Protocol):
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        mixtures: bool = True,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
     async def revert(self, name: str, generation: str) -> Entry | None: ...
@@ -76,6 +77,7 @@ class Control:
     dispatcher: Dispatcher
     manifest: ManifestWatch
     store: Store
+    mixtures: bool = True  # whether the engines serve X-LoRA bundles
 
     async def add(self, wanted: LoadAdapter) -> Entry:
         """Take an adapter in and wait until every live replica holds it. Raises `XloomError`."""
@@ -88,6 +90,7 @@ class Control:
             replace=wanted.load_inplace,
             max_rank=self.max_lora_rank,
             verify=wanted.verify,
+            mixtures=self.mixtures,
         )
         try:
             timeout_s = VERIFIED_TIMEOUT_S if entry.verify else RESIDENT_TIMEOUT_S

@@ -16,7 +16,7 @@ from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import generation_of
 from xloom.adapters.sources import Limits
-from xloom.protocol import Overrides, XloomError
+from xloom.protocol import Overrides, XloomError, adapter_key, adapter_number
 
 Open = Callable[..., AdapterCatalog]
 
@@ -345,3 +345,47 @@ def test_before_engines_run_the_settings_say_what_is_verified(open_catalog: Open
     second = catalog.add("code", str(lora), replace=True, verify=verify)
     assert (second.generation, second.verify) == (first.generation, verify)
     assert catalog.entries() == (second,)
+
+
+def test_two_adapters_that_engines_could_not_tell_apart_are_never_taken_in_together(
+    open_catalog: Open, lora: Path
+) -> None:
+    catalog = open_catalog()
+    generation = catalog.add("first", str(lora)).generation  # the same content has the same generation
+    names: dict[int, str] = {}
+    for count in range(1_000_000):  # about 60,000 are enough for two of 31 bits to meet
+        name = f"a{count}"
+        other = names.setdefault(adapter_number(adapter_key(name, generation)), name)
+        if other != name:
+            break
+    catalog.add(other, str(lora))
+    error = refused(catalog, name, str(lora))
+    assert (error.code, error.status) == ("adapter_number_taken", 409)
+    assert other in error.message
+    catalog.remove(other)
+    catalog.add(name, str(lora))
+
+
+def test_bundles_are_refused_where_engines_run_without_mixtures(open_catalog: Open, bundle: Path, lora: Path) -> None:
+    catalog = open_catalog()
+    for name, source, code in (("blend", bundle, "unsupported_by_backend"), ("code", lora, "")):
+        with catalog.stage(name, str(source), None, Overrides()) as staged:
+            if not code:
+                assert catalog.commit(staged, mixtures=False).name == name
+                continue
+            with pytest.raises(XloomError, match=name) as caught:
+                catalog.commit(staged, mixtures=False)
+            assert caught.value.code == code
+
+
+def test_what_left_the_settings_file_goes_and_what_was_added_at_run_time_stays(open_catalog: Open, lora: Path) -> None:
+    catalog = open_catalog()
+    for name, configured in (("kept", True), ("left", True), ("added", False), ("claimed", False)):
+        catalog.add(name, str(lora), configured=configured)
+    catalog.add("kept", str(lora), replace=True, max_rank=64)  # again, at run time: still the file's
+    catalog.add("claimed", str(lora), configured=True)  # the file names it from now on
+    assert [entry.name for entry in open_catalog().prune(["kept", "claimed"])] == ["left"]
+    catalog = open_catalog()
+    assert [entry.name for entry in catalog.entries()] == ["kept", "added", "claimed"]
+    assert [entry.name for entry in catalog.prune([])] == ["kept", "claimed"]
+    assert catalog.prune([]) == []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xloom.engines.kv_size import pair_pages, token_bytes, too_few_pages
 from xloom.protocol import XloomError
-from xloom.vllm.engine.architecture import check_mixtures, dtype_for, target_modules, text_config
+from xloom.vllm.engine.architecture import check_experts, check_mixtures, dtype_for, target_modules, text_config
 from xloom.vllm.engine.causes import brief, explained
 from xloom.vllm.engine.lora_configs import VARIABLE, LoRAShapes, lora_shapes, tuned_folder
 from xloom.vllm.engine.platform import device_of
@@ -162,6 +162,7 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
             "invalid_engine_settings", f"vLLM refuses the settings: {brief(str(error))}.", "Mend the settings."
         ) from error
     check_dtype(config, device)
+    check_experts(config, device)
     if xlora:
         check_mixtures(config)
         check_resolved(config)

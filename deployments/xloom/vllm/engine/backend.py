@@ -207,11 +207,21 @@ class VLLMBackend(LLMBackend):
         return None if self._mixture is None else await self._mixture.growth()
 
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
+        from xloom.vllm.engine.applied import check_applied
         from xloom.vllm.lora import lora_request
 
         if self._folding is not None:
             path = await asyncio.to_thread(self._rescale, ref, path, self._folding)
         request = lora_request(ref, str(path))
+        for other, held in self._adapters.items():
+            if held.lora_int_id == request.lora_int_id and other != ref:
+                raise XloomError(
+                    "adapter_number_taken",
+                    f"{ref.name!r} would have the number that {other.name!r} has inside the engine.",
+                    "It is loaded once the other is removed.",
+                    503,
+                )
+        await check_applied(self._core, ref, path)
         try:
             await self._core.add_lora_async(request)
         except Exception as error:  # the engine goes on; the message is vLLM's own
@@ -221,6 +231,11 @@ class VLLMBackend(LLMBackend):
                 "See docs/errors.md.",
                 400,
             ) from error
+        try:
+            await check_applied(self._core, ref, path, request.lora_int_id)
+        except XloomError:
+            await self._core.remove_lora_async(request.lora_int_id)
+            raise
         self._adapters[ref] = request
 
     def _rescale(self, ref: AdapterRef, prepared: Path, folding: Folding) -> Path:
