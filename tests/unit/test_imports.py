@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "deployments" / "xloom"
-EVERYWHERE = {"protocol", "settings", "observability"}
+EVERYWHERE = {"deadline", "protocol", "settings", "observability"}
 # Package -> the other packages it may import. `front_end` is vllm/front_end: it sits over the router.
 ARROWS: dict[str, set[str]] = {
+    "deadline": set(),
     "protocol": set(),
     "wire": set(),
     "settings": set(),

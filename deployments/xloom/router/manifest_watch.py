@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from xloom.adapters.manifest import Entry, Manifest
+from xloom.protocol import AdapterRef
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,15 @@ class ManifestWatch:
         self._task = asyncio.create_task(self._follow())
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(lambda: self._manifest.version >= 0)
+
+    def ref(self, name: str) -> AdapterRef | None:
+        """What a name stands for now."""
+        entry = self._manifest.get(name)
+        return entry.ref if entry is not None else None
+
+    async def wait_version(self, version: int, timeout_s: float) -> None:
+        """Wait until the copy is of this version or a later one."""
+        await self._until(lambda: self._manifest.version >= version, timeout_s)
 
     async def wait_for(self, name: str, generation: str | None, timeout_s: float) -> None:
         """Wait until the copy has an entry at a generation, or (None) has it no more."""
