@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "deployments" / "xloom"
-EVERYWHERE = {"deadline", "protocol", "settings", "observability"}
+EVERYWHERE = {"deadline", "protocol", "settings", "observability", "watchdog"}
 # Package -> the other packages it may import. `front_end` is vllm/front_end: it sits over the router.
 ARROWS: dict[str, set[str]] = {
     "deadline": set(),
     "protocol": set(),
     "wire": set(),
+    "watchdog": set(),
     "settings": set(),
     "observability": set(),
     "storage": set(),

@@ -86,7 +86,7 @@ class Reconciler:
         return self._version >= 0 and all(ref in self._resident or ref in self._failed for ref in self._wanted)
 
     async def arrival(self, ref: AdapterRef) -> bool:
-        """Wait for an adapter: True once it is resident, False when the engine refused it or the store has it no more."""
+        """Wait for an adapter: True once it is resident, False when it was refused or the store has it no more."""
 
         def decided() -> bool:
             return ref in self._resident or ref in self._failed

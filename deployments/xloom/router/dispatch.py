@@ -14,7 +14,7 @@ from xloom.observability.journal import Journal
 from xloom.observability.logs import fields
 from xloom.observability.recorder import Recorder
 from xloom.protocol import Abort, AdapterRef, RequestFailed, Step, Submit, TokenChunk, TokenRequest, XloomError
-from xloom.router.directory import Directory, Discover, Link
+from xloom.router.directory import SILENT_AFTER_S, Directory, Discover, Link
 from xloom.router.placement import Candidate, choose
 from xloom.router.replay import replay
 from xloom.router.traffic import Ending, RequestFigures, Traffic
@@ -52,13 +52,14 @@ class Dispatcher:
         router_id: str,
         *,
         ready_timeout_s: float = READY_TIMEOUT_S,
+        silent_after_s: float = SILENT_AFTER_S,
         traffic: Traffic | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.router_id = router_id
         self._traffic = traffic or Traffic(Recorder(), "base")
         self._journal = journal
-        self.directory = Directory(discover, token, router_id, self)
+        self.directory = Directory(discover, token, router_id, self, silent_after_s)
         self.on_tokens: OnStep = lambda chunks: None
         self.on_failed: OnFailed = lambda request_id, error: None
         self.on_figures: Callable[[], None] = lambda: None  # a replica reported
@@ -269,7 +270,7 @@ class Dispatcher:
         self.on_figures()
 
     def _renew(self, state: _RequestState) -> None:
-        """What the client named was replaced on the way: before its first token, it is served with what took its place."""
+        """What was replaced on its way is served, before its first token, with what took its place."""
         adapter = state.request.adapter
         newest = self.newest(adapter) if adapter is not None and not state.tokens else None
         if newest is not None and newest != adapter:

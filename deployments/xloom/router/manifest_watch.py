@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Protocol
 
 from xloom.adapters.manifest import Entry, Manifest
+from xloom.deadline import limited
 from xloom.protocol import AdapterRef
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class ManifestWatch:
         return entry.ref if entry is not None else None
 
     async def wait_version(self, version: int, timeout_s: float) -> None:
-        """Wait until the copy is of this version or a later one."""
+        """Wait until the copy is of this version or a later one. Raises `XloomError` (no_answer), as the others do."""
         await self._until(lambda: self._manifest.version >= version, timeout_s)
 
     async def wait_for(self, name: str, generation: str | None, timeout_s: float) -> None:
@@ -72,9 +72,11 @@ class ManifestWatch:
         await self._until(gone, timeout_s)
 
     async def _until(self, holds: Callable[[], bool], timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(holds)
+        async with (
+            limited(timeout_s, "The adapter store", "telling this router of a change that was made"),
+            self._changed,
+        ):
+            await self._changed.wait_for(holds)
 
     async def close(self) -> None:
         """Stop following."""

@@ -174,7 +174,10 @@ async def test_a_failure_that_may_pass_is_told_and_tried_again(
     await scene.reconciler.start(10)
     await until(lambda: entry.key in scene.store.reports[-1][1])
     assert scene.backend.tries.count("code") >= 3
-    assert str(error.args[-1] if isinstance(error, OSError) else "disk full") in scene.store.reports[-1][1][entry.key].reason
+    assert (
+        str(error.args[-1] if isinstance(error, OSError) else "disk full")
+        in scene.store.reports[-1][1][entry.key].reason
+    )
     scene.backend.refused.clear()
     await until(lambda: scene.store.reports[-1] == ([entry.key], {}))
 
