@@ -134,6 +134,7 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
         base_revision=settings.model.revision,
         namespace=NAMESPACE,
         logs=settings.observability.logs,
+        stuck_timeout_s=settings.replicas.stuck_timeout_s,
     )
     for adapter in settings.adapters:
         await store.add(adapter.name, adapter.source, "lora", replace=True, verify=adapter.verify, configured=True)

@@ -125,6 +125,7 @@ class ReplicaSettings(_Section):
     upscale_delay_s: float = Field(5, ge=0)
     downscale_delay_s: float = Field(60, ge=0)
     drain_timeout_s: float = Field(60, ge=0)
+    stuck_timeout_s: float = Field(10, ge=1)  # of a stopped or silent process: replicas', routers', the store's
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicaSettings:

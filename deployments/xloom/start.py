@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xloom.app import APP_NAME
+from xloom.deadline import no_answer
 from xloom.protocol import XloomError
 from xloom.router.start_failures import own_error
 from xloom.settings import Settings
@@ -43,7 +44,10 @@ def start(
         raise start_failed([each.message for each in deployments.values()] or [str(error)]) from None
     router = serve.get_deployment_handle("router", APP_NAME)
     while True:
-        state = router.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
+        try:
+            state = router.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
+        except TimeoutError:
+            raise no_answer(DESCRIBE_TIMEOUT_S, "The router", "whether a replica is ready") from None
         if state["ready"] or settings.replicas.min == 0 or is_stopped():
             return int(state["port"])
         seconds = time.monotonic() - began

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "deployments" / "xloom"
-EVERYWHERE = {"protocol", "settings", "settings_file", "observability"}
+EVERYWHERE = {"deadline", "protocol", "settings", "settings_file", "observability", "watchdog"}
 # Package -> the other packages it may import. `front_end` is vllm/front_end: it sits over the router.
 ARROWS: dict[str, set[str]] = {
+    "deadline": set(),
     "protocol": set(),
     "wire": set(),
+    "watchdog": set(),
     "settings": set(),
     "settings_file": set(),
     "observability": set(),

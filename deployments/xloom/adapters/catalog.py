@@ -190,6 +190,7 @@ class AdapterCatalog:
         with self._changing:
             old = self._manifest.get(entry.name)
             if old is not None and old.generation == entry.generation:
+                self._put(staged)
                 return self._with_flags(old, entry, running=max_rank is not None)
             if old is not None and not replace:
                 raise XloomError(
@@ -199,13 +200,9 @@ class AdapterCatalog:
                     409,
                 )
             self._check_number(entry)
-            target = self._prepared / entry.generation
             kept = self._replaced
             try:
-                if not target.is_dir():
-                    sync_tree(staged.folder)
-                    os.replace(staged.folder, target)
-                    sync(self._prepared)
+                self._put(staged)
                 self._replaced = kept | ({entry.name: old} if old else {})
                 self._change(self._manifest.with_entry(entry))
             except OSError as error:
@@ -213,6 +210,18 @@ class AdapterCatalog:
                 self._collect()
                 raise _unwritable(self._prepared.parent, error) from None
             return entry
+
+    def _put(self, staged: Staged) -> None:
+        """Make a staged folder its generation's, unless that is there and whole."""
+        target = self._prepared / staged.entry.generation
+        if target.is_dir():
+            if generation_of(read_files(target)) == target.name:
+                return
+            logger.warning("the files of %s were damaged: they are replaced", staged.entry.key)
+            shutil.rmtree(target)
+        sync_tree(staged.folder)
+        os.replace(staged.folder, target)
+        sync(self._prepared)
 
     def _check_number(self, entry: Entry) -> None:
         """Engines tell adapters apart by a number of 31 bits: two that share one would be served as each other."""
@@ -286,16 +295,33 @@ class AdapterCatalog:
             raise _no_generation(generation)
         try:
             files = read_files(self._prepared / generation)
-        except FileNotFoundError:  # removed meanwhile
-            raise _no_generation(generation) from None
+        except FileNotFoundError:  # removed meanwhile, or lost
+            if all(entry.generation != generation for entry in self._manifest.entries):
+                raise _no_generation(generation) from None
+            files = {}
         if generation_of(files) != generation:
-            raise XloomError(
-                "generation_damaged",
-                f"The store's files of generation {generation} are damaged on disk.",
-                "Remove the adapter and add it again.",
-                500,
-            )
+            raise _damaged(generation, "damaged on disk")
         return files
+
+    def mend(self, generation: str) -> None:
+        """Fetch a generation that is damaged on disk from its source again, and put it in its place.
+
+        Raises `XloomError`: generation_not_found, generation_damaged (its source is gone, or is another by now).
+        """
+        entry = next((entry for entry in self._manifest.entries if entry.generation == generation), None)
+        if entry is None:
+            raise _no_generation(generation)
+        try:
+            with self.stage(entry.name, entry.source, entry.kind, entry.overrides, verify=entry.verify) as staged:
+                if staged.entry.generation != generation:
+                    raise _damaged(generation, f"damaged on disk, and {entry.source!r} has other content by now")
+                with self._changing:
+                    self._put(staged)
+                    self._collect()  # it may have been removed meanwhile
+        except XloomError as error:
+            if error.code == "generation_damaged":
+                raise
+            raise _damaged(generation, f"damaged on disk, and can't be had from its source again: {error}") from None
 
     def _change(self, manifest: Manifest) -> None:
         self._file.save(manifest)
@@ -330,6 +356,11 @@ def _speaking_of(source: str, folder: Path) -> Iterator[None]:
 
 def _no_generation(generation: str) -> XloomError:
     return XloomError("generation_not_found", f"No adapter is at generation {generation[:64]!r}.", status=404)
+
+
+def _damaged(generation: str, how: str) -> XloomError:
+    cure = "Add the adapter again, in place of what is there."
+    return XloomError("generation_damaged", f"The store's files of generation {generation} are {how}.", cure, 500)
 
 
 def _unwritable(folder: Path, error: OSError) -> XloomError:

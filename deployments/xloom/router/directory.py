@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5  # while no replica is connected
 STEADY_POLL_S = 3.0  # otherwise: each look costs a call to every replica and the controller's time
 CONNECT_TIMEOUT_S = 5.0
-SILENCE_S = 20.0  # without a report a replica counts as lost; long, since a starved machine is slow, not dead
+SILENT_AFTER_S = 10.0  # without a report a replica counts as lost, if others report;
+PATIENCE = 3  # this many times as long where none does: a starved machine is slow, not dead
+SILENCE_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Link:
     ready: bool = False
     own: set[str] = field(default_factory=set)  # ids on the wire
     own_at_report: int = 0
+    heard: float = field(default_factory=time.monotonic)  # when it last reported
 
     @property
     def state(self) -> Literal["ready", "draining", "lost"]:
@@ -79,13 +83,22 @@ class Link:
 class Directory:
     """Keeps one connection to every replica that `discover` names, for as long as it lives."""
 
-    def __init__(self, discover: Discover, token: str, router_id: str, listener: Listener) -> None:
+    def __init__(
+        self,
+        discover: Discover,
+        token: str,
+        router_id: str,
+        listener: Listener,
+        silent_after_s: float = SILENT_AFTER_S,
+    ) -> None:
         self._discover = discover
         self._hello = Hello(token, router_id)
         self._listener = listener
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._silent_after_s = silent_after_s
         self._poller: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._poke = asyncio.Event()
 
     @property
@@ -96,6 +109,7 @@ class Directory:
     def start(self) -> None:
         """Begin to look for replicas."""
         self._poller = asyncio.create_task(self._poll())
+        self._watcher = asyncio.create_task(self._watch_silence())
 
     def poll_now(self) -> None:
         """Look at once, ahead of the period."""
@@ -103,7 +117,7 @@ class Directory:
 
     async def close(self) -> None:
         """Drop every connection."""
-        tasks = [task for task in (self._poller, *self._tasks.values()) if task is not None]
+        tasks = [task for task in (self._poller, self._watcher, *self._tasks.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -120,6 +134,19 @@ class Directory:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STEADY_POLL_S if self.links else POLL_S):
                     await self._poke.wait()
+
+    async def _watch_silence(self) -> None:
+        """Give up the replicas that no longer report. Time in which this process did not run is nobody's silence."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(SILENCE_POLL_S)
+            now = time.monotonic()
+            late, last = now - last - SILENCE_POLL_S, now
+            for link in self._links.values():
+                link.heard += max(0.0, late)
+            for link in silent(list(self._links.values()), now, self._silent_after_s):
+                logger.warning("replica %s has not reported for %.1f s", link.info.replica_id, now - link.heard)
+                self._tasks[link.info.replica_id].cancel()
 
     async def _keep(self, info: ReplicaInfo) -> None:
         """One connection, from its start to its end."""
@@ -146,24 +173,28 @@ class Directory:
             self.poll_now()
 
     async def _listen(self, link: Link, reader: FrameReader[ReplicaFrame]) -> None:
-        loop = asyncio.get_running_loop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SILENCE_S) as silence:
-                while (frame := await reader.read()) is not None:
-                    if isinstance(frame, Step):
-                        self._listener.on_step(link, frame)
-                    elif isinstance(frame, Report):
-                        silence.reschedule(loop.time() + SILENCE_S)
-                        self._take_report(link, frame)
-                    elif isinstance(frame, RequestFailed):
-                        self._listener.on_refused(link, frame)
-                    elif isinstance(frame, Welcome) and frame.replica_id != link.info.replica_id:
-                        return  # the port has a new owner
+        while (frame := await reader.read()) is not None:
+            if isinstance(frame, Step):
+                self._listener.on_step(link, frame)
+            elif isinstance(frame, Report):
+                self._take_report(link, frame)
+            elif isinstance(frame, RequestFailed):
+                self._listener.on_refused(link, frame)
+            elif isinstance(frame, Welcome) and frame.replica_id != link.info.replica_id:
+                return  # the port has a new owner
 
     def _take_report(self, link: Link, report: Report) -> None:
+        link.heard = time.monotonic()
         link.stats, link.draining, link.own_at_report = report.stats, report.draining, len(link.own)
         if not link.ready:
             link.ready = True
             logger.info("replica %s is connected", link.info.replica_id)
             self._listener.on_ready(link)
         self._listener.on_report(link)
+
+
+def silent(links: Sequence[Link], now: float, after_s: float) -> list[Link]:
+    """Those that have not reported for so long while another one has; where none has, for `PATIENCE` times as long."""
+    lively = any(now - link.heard < after_s / 2 for link in links)
+    limit = after_s if lively else after_s * PATIENCE
+    return [link for link in links if now - link.heard >= limit]

@@ -13,8 +13,8 @@ import msgspec
 from xloom.observability.journal import Journal
 from xloom.observability.logs import fields
 from xloom.observability.recorder import Recorder
-from xloom.protocol import Abort, RequestFailed, Step, Submit, TokenChunk, TokenRequest, XloomError
-from xloom.router.directory import Directory, Discover, Link
+from xloom.protocol import Abort, AdapterRef, RequestFailed, Step, Submit, TokenChunk, TokenRequest, XloomError
+from xloom.router.directory import SILENT_AFTER_S, Directory, Discover, Link
 from xloom.router.placement import Candidate, choose
 from xloom.router.replay import replay
 from xloom.router.traffic import Ending, RequestFigures, Traffic
@@ -52,17 +52,19 @@ class Dispatcher:
         router_id: str,
         *,
         ready_timeout_s: float = READY_TIMEOUT_S,
+        silent_after_s: float = SILENT_AFTER_S,
         traffic: Traffic | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.router_id = router_id
         self._traffic = traffic or Traffic(Recorder(), "base")
         self._journal = journal
-        self.directory = Directory(discover, token, router_id, self)
+        self.directory = Directory(discover, token, router_id, self, silent_after_s)
         self.on_tokens: OnStep = lambda chunks: None
         self.on_failed: OnFailed = lambda request_id, error: None
         self.on_figures: Callable[[], None] = lambda: None  # a replica reported
         self.start_failure = ""  # why the newest replica did not start, where there is none
+        self.newest: Callable[[AdapterRef], AdapterRef | None] = lambda ref: ref  # what its name stands for now
         self.on_starved: Callable[[], None] = lambda: None  # requests wait and there is no replica
         self._ready_timeout_s = ready_timeout_s
         self._requests: dict[str, _RequestState] = {}
@@ -252,6 +254,7 @@ class Dispatcher:
         elif failure.code != "engine_dead":
             state.attempts -= 1
             state.refusal = error
+            self._renew(state)
         self._detach(state)
         self._resume(state, failure.code)
 
@@ -271,6 +274,15 @@ class Dispatcher:
             self._resume(state, "replica_lost")
         self._traffic.replicas.set(len(self.directory.links))
         self.on_figures()
+
+    def _renew(self, state: _RequestState) -> None:
+        """What was replaced on its way is served, before its first token, with what took its place."""
+        adapter = state.request.adapter
+        newest = self.newest(adapter) if adapter is not None and not state.tokens else None
+        if newest is not None and newest != adapter:
+            state.request = msgspec.structs.replace(state.request, adapter=newest)
+            state.refused_by.clear()
+            state.refusal = None
 
     def _resume(self, state: _RequestState, reason: str) -> None:
         """On another replica, now or when there is one."""

@@ -312,6 +312,50 @@ def test_damaged_files_are_not_handed_out(open_catalog: Open, lora: Path, tmp_pa
     assert caught.value.code == "generation_damaged"
 
 
+def test_damaged_files_are_fetched_again_from_their_source(open_catalog: Open, lora: Path, tmp_path: Path) -> None:
+    catalog = open_catalog()
+    entry = catalog.add("code", str(lora))
+    whole = catalog.files(entry.generation)
+    file = tmp_path / "store/prepared" / entry.generation / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    catalog.mend(entry.generation)
+    assert catalog.files(entry.generation) == whole
+    shutil.rmtree(file.parent)
+    with pytest.raises(XloomError) as caught:
+        catalog.files(entry.generation)
+    assert caught.value.code == "generation_damaged"
+    catalog.mend(entry.generation)
+    assert catalog.files(entry.generation) == whole
+    assert catalog.entries() == (entry,)
+
+
+def test_a_source_that_is_another_by_now_mends_nothing(
+    open_catalog: Open, lora: Path, other_lora: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(lora, tmp_path / "source")
+    catalog = open_catalog()
+    entry = catalog.add("code", str(source))
+    (tmp_path / "store/prepared" / entry.generation / "adapter_config.json").write_text("{}")
+    for changed in (other_lora, None):
+        shutil.rmtree(source)
+        if changed is not None:
+            shutil.copytree(changed, source)
+        with pytest.raises(XloomError) as caught:
+            catalog.mend(entry.generation)
+        assert caught.value.code == "generation_damaged"
+        assert str(source) in caught.value.message
+    assert catalog.entries() == (entry,)
+
+
+def test_adding_what_is_there_mends_its_damaged_files(open_catalog: Open, lora: Path, tmp_path: Path) -> None:
+    catalog = open_catalog()
+    entry = catalog.add("code", str(lora))
+    whole = catalog.files(entry.generation)
+    (tmp_path / "store/prepared" / entry.generation / "adapter_config.json").write_text("{}")
+    assert catalog.add("code", str(lora)) == entry
+    assert catalog.files(entry.generation) == whole
+
+
 def test_an_unreadable_base_model_is_an_error_of_its_own(tmp_path: Path, lora: Path) -> None:
     catalog = AdapterCatalog(tmp_path / "store", str(tmp_path / "nothing"), 64)
     assert refused(catalog, "code", lora).code == "unreadable_model"

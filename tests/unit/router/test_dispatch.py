@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.fakes import FakeBackend, expected_tokens, until
 from xloom.protocol import AdapterRef, TokenChunk, TokenRequest, XloomError
 from xloom.replica.server import ReplicaServer
-from xloom.router.directory import ReplicaInfo
+from xloom.router.directory import Link, ReplicaInfo, silent
 from xloom.router.dispatch import Dispatcher
 
 TOKEN = "secret"
@@ -20,14 +20,16 @@ TOKEN = "secret"
 class Fleet:
     """Replicas that come and go, a dispatcher over them, and what it handed back."""
 
-    def __init__(self, ready_timeout_s: float = 10.0) -> None:
+    def __init__(self, ready_timeout_s: float = 10.0, silent_after_s: float = 10.0) -> None:
         self.infos: dict[str, ReplicaInfo] = {}
         self.backends: dict[str, FakeBackend] = {}
         self.servers: dict[str, ReplicaServer] = {}
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
         self.failed: dict[str, XloomError] = {}
-        self.dispatcher = Dispatcher(self._discover, TOKEN, "router", ready_timeout_s=ready_timeout_s)
+        self.dispatcher = Dispatcher(
+            self._discover, TOKEN, "router", ready_timeout_s=ready_timeout_s, silent_after_s=silent_after_s
+        )
         self.dispatcher.on_tokens = self._take
         self.dispatcher.on_failed = self.failed.__setitem__
 
@@ -227,3 +229,71 @@ async def test_tokens_of_all_requests_come_in_one_frame_per_step(fleet: Fleet) -
     backend.step(8)
     await until(lambda: sum(frames) == 128)
     assert frames == [16] * 8
+
+
+class Held:
+    """The adapters of a replica: those named, and no others will come."""
+
+    def __init__(self, *refs: AdapterRef) -> None:
+        self.resident = set(refs)
+
+    async def arrival(self, ref: AdapterRef) -> bool:
+        return ref in self.resident
+
+
+async def test_a_request_for_what_was_replaced_on_its_way_is_served_with_what_took_its_place(fleet: Fleet) -> None:
+    old, new = AdapterRef("code", "old", "lora"), AdapterRef("code", "new", "lora")
+    backend = await fleet.add("a")
+    fleet.servers["a"]._adapters = Held(new)
+    await fleet.connected(1)
+    fleet.dispatcher.newest = lambda ref: new
+    fleet.dispatcher.submit(request(adapter=old))
+    await until(lambda: "r" in fleet.finished)
+    assert not fleet.failed
+    assert fleet.tokens["r"] == expected_tokens([1, 2, 3], 8, adapter="code")
+    assert not backend.requests
+
+
+async def test_a_request_for_what_was_removed_on_its_way_fails_once(fleet: Fleet) -> None:
+    await fleet.add("a")
+    fleet.servers["a"]._adapters = Held()
+    await fleet.connected(1)
+    fleet.dispatcher.newest = lambda ref: None
+    fleet.dispatcher.submit(request(adapter=AdapterRef("code", "old", "lora")))
+    await until(lambda: "r" in fleet.failed)
+    assert (fleet.failed["r"].code, fleet.failed["r"].status) == ("adapter_not_found", 404)
+
+
+async def test_requests_of_a_replica_that_fell_silent_go_on_where_others_report() -> None:
+    fleet = Fleet(silent_after_s=2.0)
+    fleet.dispatcher.start()
+    for name in ("a", "b"):
+        await fleet.add(name, manual=True)
+    await fleet.connected(2)
+    fleet.dispatcher.submit(request())
+    await until(lambda: any(backend.requests for backend in fleet.backends.values()))
+    first = fleet.holder()
+    fleet.backends[first].step(3)
+    await until(lambda: len(fleet.tokens.get("r", [])) == 3)
+    del fleet.infos[first]  # nor does it answer to whoever looks for replicas
+    for task in fleet.servers[first]._tasks:
+        task.cancel()  # it is there, and says nothing
+    other = fleet.backends["b" if first == "a" else "a"]
+    await until(lambda: bool(other.requests))
+    other.step(5)
+    await until(lambda: "r" in fleet.finished)
+    assert fleet.tokens["r"] == expected_tokens([1, 2, 3], 8)
+    await fleet.dispatcher.close()
+    for server in fleet.servers.values():
+        await server.close()
+
+
+def quiet_for(*seconds: float) -> list[Link]:
+    info = ReplicaInfo("a", "node", "127.0.0.1", 1, 1)
+    return [Link(info, cast(Any, None), heard=100.0 - each) for each in seconds]
+
+
+def test_where_no_replica_reports_it_is_the_machine_that_is_slow() -> None:
+    assert silent(quiet_for(12.0, 11.0), 100.0, 10.0) == []
+    assert len(silent(quiet_for(12.0, 1.0), 100.0, 10.0)) == 1
+    assert len(silent(quiet_for(31.0), 100.0, 10.0)) == 1

@@ -224,12 +224,14 @@ class VLLMBackend(LLMBackend):
         await check_applied(self._core, ref, path)
         try:
             await self._core.add_lora_async(request)
-        except Exception as error:  # the engine goes on; the message is vLLM's own
+        except Exception as error:
+            # The engine goes on. The message is vLLM's own; the error's type is lost on the way (vLLM 0.32), and so
+            # whether it is about these files or will pass.
             raise XloomError(
                 "adapter_load_failed",
                 f"The engine refused the adapter {ref.name!r}: {error}",
                 "See docs/errors.md.",
-                400,
+                500,
             ) from error
         try:
             await check_applied(self._core, ref, path, request.lora_int_id)
