@@ -138,7 +138,7 @@ def _pair_up(
         if "lora_magnitude_vector" in key:
             message = f"{folder} uses DoRA ({key}), which xloom can't serve."
             raise XloomError("unsupported_adapter", message, "Convert it to a plain LoRA adapter.")
-        if not tensor.numel() or (tensor.dim() == 1 and ".lora_" in key):
+        if not tensor.numel() or (tensor.dim() == 1 and (".lora_A" in key or ".lora_B" in key)):
             raise XloomError(
                 "broken_adapter",
                 f"{folder}: {key} has shape {list(tensor.shape)}: a shard, or nothing, of DeepSpeed ZeRO-3 or FSDP.",
