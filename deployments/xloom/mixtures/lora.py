@@ -14,7 +14,7 @@ import torch
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.files import read_json, read_tensors
 from xloom.mixtures.overflow import check_range
-from xloom.mixtures.targets import base_name, check_targets, plain_name
+from xloom.mixtures.targets import base_name, check_targets, plain_name, possible_names
 from xloom.protocol import XloomError
 
 Value = TypeVar("Value")
@@ -177,7 +177,8 @@ def _pair_up(
 def _check_rider(folder: Path, key: str, tensor: torch.Tensor, base: BaseWeights | None) -> None:
     """A tensor that is not LoRA may be the base model's own: PEFT saves its embeddings after a resize, say."""
     name = plain_name(key).replace(".base_layer.", ".")
-    original = base.read(name) if base is not None else None
+    known = ((short, base.read(short)) for short in possible_names(name)) if base is not None else ()
+    name, original = next((found for found in known if found[1] is not None), (name, None))
     if original is not None and original.shape == tensor.shape and torch.equal(original.to(tensor.dtype), tensor):
         return
     if original is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,18 @@ def plain_name(key: str) -> str:
     return name.removeprefix(PREFIX).removeprefix(_XLORA_PREFIX)
 
 
-def base_name(name: str, modules: Iterable[str]) -> str:
-    """The base model's name for a module: without what may stand before it, one part after the other.
+def possible_names(name: str) -> Iterator[str]:
+    """A module's or tensor's name, then without what may stand before it, one part after the other."""
+    short: str | None = name
+    while short is not None:
+        yield short
+        short = next((short.removeprefix(part) for part in _LEADING if short.startswith(part)), None)
 
-    The name as it is when that leads to no module of the base model.
-    """
-    known, short = set(modules), name
-    while short not in known:
-        shorter = next((short.removeprefix(part) for part in _LEADING if short.startswith(part)), None)
-        if shorter is None:
-            return name
-        short = shorter
-    return short
+
+def base_name(name: str, modules: Iterable[str]) -> str:
+    """The base model's name for a module; the name as it is when the base model has no such module."""
+    known = set(modules)
+    return next((short for short in possible_names(name) if short in known), name)
 
 
 def is_targeted(config: Mapping[str, Any], module: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ from xloom.protocol import XloomError
 
 PROMPT = [72, 17, 203, 5, 140, 99]
 LINEARS = ATTENTION + MLP
-QUICK = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(deadline=None, derandomize=True)
 EXTRAS = ("head", "embeddings", "norm", "trained head", "resized", "pair", "odd", "nan")
 PLACES = ("paths", "paths", "outside", "gone", "saved", "saved, gone", "saved, trained", "none")
 PREFIXES = {
@@ -175,8 +175,7 @@ def refusal(add: Callable[[], Any]) -> XloomError | None:
     return None
 
 
-@QUICK
-@settings(max_examples=12)
+@settings(QUICK, max_examples=12)
 @given(spec=folders())
 def test_a_generated_adapter_computes_what_peft_computes_or_is_refused(base: Base, spec: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -269,8 +268,7 @@ def damage(spec: dict[str, Any], bundle: Path, folder: Path) -> None:
                 save_file(kept, expert / "adapter_model.safetensors")
 
 
-@QUICK
-@settings(max_examples=6)
+@settings(QUICK, max_examples=6)
 @given(spec=bundles())
 def test_a_generated_bundle_computes_what_peft_computes_or_is_refused(base: Base, spec: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
