@@ -175,7 +175,7 @@ def refusal(add: Callable[[], Any]) -> XloomError | None:
     return None
 
 
-@settings(QUICK, max_examples=12)
+@settings(QUICK, max_examples=60)
 @given(spec=folders())
 def test_a_generated_adapter_computes_what_peft_computes_or_is_refused(base: Base, spec: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -268,7 +268,7 @@ def damage(spec: dict[str, Any], bundle: Path, folder: Path) -> None:
                 save_file(kept, expert / "adapter_model.safetensors")
 
 
-@settings(QUICK, max_examples=6)
+@settings(QUICK, max_examples=25)
 @given(spec=bundles())
 def test_a_generated_bundle_computes_what_peft_computes_or_is_refused(base: Base, spec: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
