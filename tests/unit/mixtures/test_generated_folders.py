@@ -149,8 +149,8 @@ def write(spec: dict[str, Any], base: Base, folder: Path) -> Path:
     for number in range(spec["shards"]):
         file = f"adapter_model-{number + 1:05d}-of-{spec['shards']:05d}" if spec["shards"] > 1 else "adapter_model"
         if not (spec["lost"] == "shard" and spec["shards"] > 1 and number == 1):
-            part = {name: named[name] for name in names[number :: spec["shards"]]}
-            save_file(part, given / f"{file}.safetensors")
+            shard = {name: named[name] for name in names[number :: spec["shards"]]}
+            save_file(shard, given / f"{file}.safetensors")
     written = json.loads((made / "adapter_config.json").read_text())
     full = sorted(f"model.{module}" for module in modules)
     written["target_modules"] = {
