@@ -125,9 +125,10 @@ class AdapterCatalog:
         try:
             sources.fetch(source, fetched, self._limits)
             with _speaking_of(source, fetched):
-                kind = detect_kind(fetched, source, kind)
+                found = sources.adapter_folder(fetched, source)
+                kind = detect_kind(found, source, kind)
                 check_overrides(kind, overrides)
-                result = self._prepare(source, fetched, kind, overrides, prepared)
+                result = self._prepare(source, fetched, found, kind, overrides, prepared)
             entry = Entry(
                 name=name,
                 kind=kind,
@@ -147,21 +148,25 @@ class AdapterCatalog:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _prepare(self, source: str, fetched: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
+    def _prepare(self, source: str, fetched: Path, found: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
         # Imported here: without torch a store that has crashed is back in half the time.
+        from xloom.mixtures.base_weights import BaseWeights
         from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 
-        base = base_shape(*self._base)
+        base, weights = base_shape(*self._base), BaseWeights(*self._base)
         if kind == "lora":
-            return prepare_lora(fetched, base.modules, out, max_rank=self._max_rank)
-        fetch_companions(source, fetched, self._limits)
+            return prepare_lora(found, base.modules, out, max_rank=self._max_rank, base=weights)
+        if found != fetched:
+            source = f"{source.rstrip('/')}/{found.relative_to(fetched).as_posix()}"
+        fetch_companions(source, found, self._limits)
         return prepare_bundle(
-            fetched,
+            found,
             base.modules,
             out,
             hidden_size=base.hidden_size,
             max_rank=self._max_rank,
             overrides=overrides,
+            base=weights,
             root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
         )
 
