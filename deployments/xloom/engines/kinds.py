@@ -14,9 +14,9 @@ XLORA_FILE = "xlora.json"  # of a prepared bundle (xloom.mixtures.prepare, which
 
 
 def check_kind(backend: type[Any], ref: AdapterRef, folder: Path) -> None:
-    """Refuse a prepared bundle that a backend (an `LLMBackend`, which imports this) would serve as something else, or not at all.
+    """Refuse a prepared bundle that a backend would serve as something else, or not at all.
 
-    Raises `XloomError` (unsupported_by_backend).
+    `backend` is an `LLMBackend`, whose module imports this one. Raises `XloomError` (unsupported_by_backend).
     """
     if ref.kind != "xlora":
         return
