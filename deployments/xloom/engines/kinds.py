@@ -6,20 +6,17 @@ import functools
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xloom.protocol import AdapterRef, XloomError
-
-if TYPE_CHECKING:
-    from xloom.engines.base import LLMBackend
 
 XLORA_FILE = "xlora.json"  # of a prepared bundle (xloom.mixtures.prepare, which imports torch)
 
 
-def check_kind(backend: type[LLMBackend], ref: AdapterRef, folder: Path) -> None:
+def check_kind(backend: type[Any], ref: AdapterRef, folder: Path) -> None:
     """Refuse a prepared bundle that a backend would serve as something else, or not at all.
 
-    Raises `XloomError` (unsupported_by_backend).
+    `backend` is an `LLMBackend`, whose module imports this one. Raises `XloomError` (unsupported_by_backend).
     """
     if ref.kind != "xlora":
         return

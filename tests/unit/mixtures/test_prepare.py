@@ -89,7 +89,9 @@ def test_mixed_dtypes_are_promoted(
 ) -> None:
     adapters = [dict(spec) | {"dtype": dtype} for spec, dtype in zip(ADAPTERS, dtypes, strict=True)]
     prepare(tiny_bundle(tmp_path / "bundle", llama, adapters=adapters), shapes)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {expected}
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    # Of B it holds where no scale would be rounded: see above.
+    assert {tensor.dtype for key, tensor in tensors.items() if ".lora_A." in key} == {expected}
 
 
 def test_a_sum_of_ranks_over_the_limit_is_refused(bundle: Path, shapes: Shapes) -> None:

@@ -32,6 +32,7 @@ class Store:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        mixtures: bool = True,
     ) -> Entry:
         self.verified = verify
         return NEW
