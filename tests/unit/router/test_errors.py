@@ -10,7 +10,7 @@ import pytest
 from xloom.observability.recorder import Recorder
 from xloom.observability.table import HTTP_ERRORS
 from xloom.router.errors import CodedErrors, Message
-from xloom.router.guard import is_open
+from xloom.router.routes import is_open
 
 
 async def answer(
