@@ -134,6 +134,32 @@ class ReplicaSettings(_Section):
         return self
 
 
+class LimitSettings(_Section):
+    """What one request may ask of the endpoint, refused before any work is done."""
+
+    connections: int = Field(2048, ge=1)
+    header_bytes: int = Field(65536, ge=1024)  # request line and headers
+    header_timeout_s: float = Field(10, gt=0)  # to send them
+    body_bytes: int = Field(4 * 2**20, ge=1024)
+    body_timeout_s: float = Field(30, gt=0)  # to send it
+    json_depth: int = Field(64, ge=4)
+    json_values: int = Field(20_000, ge=16)  # beside token ids
+    token_ids: int = Field(300_000, ge=1)  # of all prompts of a request
+    prompt_characters: int = Field(524_288, ge=1)  # text of all prompts or messages of a request
+    prompts: int = Field(128, ge=1)  # or conversations, of one request
+    messages: int = Field(1024, ge=1)
+    n: int = Field(128, ge=1)  # answers to a prompt
+    sequences: int = Field(512, ge=1)  # prompts times n
+    logprobs: int = Field(128, ge=0)  # candidates of one token
+    stop_strings: int = Field(64, ge=0)  # and as many bad words
+    stop_characters: int = Field(1024, ge=1)  # of one of them
+    logit_bias: int = Field(1024, ge=0)
+    tools: int = Field(128, ge=0)
+    schema_bytes: int = Field(131_072, ge=1)  # of a JSON schema, a regular expression, a grammar, or all tools
+    grammar_timeout_s: float = Field(5, gt=0)  # to compile one
+    grammar_bytes: int = Field(2 * 2**30, ge=256 * 2**20)  # memory of the process that does
+
+
 class RouterSettings(_Section):
     """The HTTP endpoint."""
 
@@ -143,6 +169,7 @@ class RouterSettings(_Section):
     api_key: SecretStr | None = None  # or XLOOM_API_KEY
     admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; guards the adapter routes
     front_end_args: dict[str, Any] = {}  # options of vLLM's OpenAI front end: chat_template, tool_call_parser, ...
+    limits: LimitSettings = LimitSettings()
 
     @field_validator("api_key", "admin_key")
     @classmethod

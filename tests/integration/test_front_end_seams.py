@@ -20,16 +20,16 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
-from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
 from vllm.entrypoints.serve.engine.serving import BaseServing
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tasks import SupportedTask
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import (
@@ -51,6 +51,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
 from tests.models import tiny_model
 from xloom.protocol import XloomError
@@ -74,9 +75,12 @@ UNREACHED = {
 # Called or overridden by the front end: the parameters, in order.
 SIGNATURES: dict[Any, list[str]] = {
     app_state.init_app_state: ["engine_client", "state", "args", "supported_tasks"],
-    build_app: ["args", "supported_tasks", "model_config"],
+    launcher.build_app: ["args", "supported_tasks", "model_config"],
     make_arg_parser: ["parser"],
     create_error_response: ["message", "err_type", "status_code", "param"],
+    SamplingParams._validate_structured_outputs: ["self", "model_config", "structured_outputs_config", "tokenizer"],
+    choice_as_grammar: ["choice"],
+    grammar_is_likely_lark: ["grammar_str"],
     BaseServing.create_error_response: ["message", "err_type", "status_code", "param"],
     OpenAIServingModels.model_name: ["self", "lora_request"],
     OpenAIServingModels.show_available_models: ["self"],
@@ -124,6 +128,7 @@ FIELDS: dict[type, set[str]] = {
     EngineCoreOutputs: {"outputs", "scheduler_stats"},
     SchedulerStats: {"num_running_reqs", "num_waiting_reqs", "kv_cache_usage"},
     SamplingParams: {"_eos_token_id", "_all_stop_token_ids", "_bad_words_token_ids"},
+    StructuredOutputsParams: {"json", "regex", "choice", "grammar", "structural_tag", "disable_any_whitespace"},
     ErrorResponse: {"error"},
     ErrorInfo: {"message", "type", "param", "code"},
     ModelList: {"data"},
@@ -264,6 +269,13 @@ async def engine(settings: Settings) -> AsyncIterator[RoutedEngineClient]:
     made.shutdown()
 
 
+async def test_structured_output_is_validated_by_us_alone(engine: RoutedEngineClient) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
+    engine.input_processor._validate_params(params, ("generate",))  # on the event loop: passes whatever it is
+    with pytest.raises(VLLMValidationError, match="regex"):
+        await engine._check_grammar(params)
+
+
 async def test_the_application_serves_our_models_and_our_errors(engine: RoutedEngineClient, settings: Settings) -> None:
     assert "OpenAIServingModels" in app_state.init_app_state.__code__.co_names  # by the module's own name
     app, models = await build_front_end(engine, settings)
@@ -278,4 +290,4 @@ async def test_the_application_serves_our_models_and_our_errors(engine: RoutedEn
         assert each.create_error_response is coded_error_response
     [card] = (await models.show_available_models()).data
     assert card.model_dump()["kind"] == "base"  # cards keep extra fields
-    assert app.middleware_stack is not None
+    assert "sagemaker_standards_bootstrap" in launcher.build_app.__code__.co_names

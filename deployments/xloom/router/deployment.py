@@ -8,6 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xloom.observability import logs, traces
@@ -17,11 +18,13 @@ from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.errors import CodedErrors
 from xloom.router.front_end import OpenFrontEnd
-from xloom.router.guard import Guard, is_open
+from xloom.router.guard import Guard
 from xloom.router.http import Control, attach_routes
+from xloom.router.limits import BodyLimits
 from xloom.router.listener import HttpListener
 from xloom.router.manifest_watch import ManifestWatch
 from xloom.router.request_id import RequestIdMiddleware
+from xloom.router.routes import access, is_open, keep_listed
 from xloom.router.start_failures import engine_failure
 from xloom.router.traffic import Traffic
 from xloom.settings import Settings
@@ -87,11 +90,15 @@ class Router:
         mixtures = settings.xlora_enabled
         control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._manifest, store, mixtures)
         attach_routes(app, control)
+        keep_listed(app)
         register(self._dispatcher)
-        guarded = Guard(app, _secret(settings.router.api_key), _secret(settings.router.admin_key))
+        limits = settings.router.limits
+        limited = BodyLimits(app, limits)
+        keys = _secret(settings.router.api_key), _secret(settings.router.admin_key)
+        guarded = Guard(limited, partial(access, app), *keys)
         coded = CodedErrors(guarded, uncounted=is_open)
         identified = RequestIdMiddleware(coded, tracing=self._tracing, lines=watch.logs.requests)
-        self._listener = HttpListener(identified, settings.router.host, settings.router.port)
+        self._listener = HttpListener(identified, settings.router.host, settings.router.port, limits)
         app.state.server = self._listener.server
         self._dispatcher.start()
         await self._listener.start()

@@ -23,6 +23,8 @@ _BY_STATUS = {
     403: "admin_key_required",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
+    413: "body_too_large",
     415: "unsupported_media_type",
     422: "invalid_request",
     429: "too_many_requests",
@@ -30,8 +32,20 @@ _BY_STATUS = {
     501: "not_implemented",
     503: "unavailable",
 }
+_NO_MODEL = re.compile(r"^The model `.*` does not exist", re.DOTALL)  # vLLM's `BaseServing._check_model`
 _CODE = re.compile(r"[a-z][a-z_]{1,47}")  # the shape of our codes, which are constants: never a client's words
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}  # 404 has none in OpenAI's API
+# https://docs.anthropic.com/en/api/errors
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_ANTHROPIC = "/v1/messages"  # the routes whose clients are Anthropic's
 
 # What vLLM 0.32 says of a prompt that is too long: `vllm.renderers.params.TokenizeParams`,
 # `vllm.v1.engine.input_processor.InputProcessor._validate_prompt_len`.
@@ -42,7 +56,7 @@ def code_for(status: int, message: str, param: str | None) -> str:
     """The stable code of an error that vLLM or the web framework raised."""
     if status == 400 and any(phrase in message for phrase in _TOO_LONG):
         return "context_length_exceeded"
-    if status == 404 and param == "model":
+    if status == 404 and (param == "model" or _NO_MODEL.search(message)):
         return "model_not_found"
     return _BY_STATUS.get(status, "internal_error" if status >= 500 else "invalid_request")
 
@@ -99,6 +113,8 @@ class CodedErrors:
                 if message.get("more_body", False):
                     return
                 code, coded = _coded(start["status"], bytes(body))
+                if f"{scope.get('path', '')}/".startswith(f"{_ANTHROPIC}/"):
+                    coded = _as_anthropic(start["status"], coded)
                 self._count(scope, start["status"], code)
                 await self._finish(start, coded, send)
                 return
@@ -116,6 +132,17 @@ class CodedErrors:
     def _count(self, scope: Scope, status: int, code: str) -> None:
         if not self._uncounted(scope.get("path", "")):
             self._recorder.inc(HTTP_ERRORS, status=status, code=code if _CODE.fullmatch(code) else OTHER)
+
+
+def _as_anthropic(status: int, coded: bytes) -> bytes:
+    """An error of OpenAI's shape in Anthropic's, the code with it."""
+    try:
+        error = json.loads(coded)["error"]
+    except (ValueError, TypeError, KeyError):
+        return coded
+    kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    told = {"type": kind, "message": error.get("message", ""), "code": error.get("code")}
+    return json.dumps({"type": "error", "error": told}).encode()
 
 
 def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
@@ -140,7 +167,7 @@ def _coded(status: int, body: bytes) -> tuple[str, bytes]:
     answer = {
         "error": {
             "message": message,
-            "type": error.get("type") or error_type(status),
+            "type": error_type(status),
             "param": param,
             "code": code,
         }

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import uvicorn
 
 from xloom.protocol import XloomError
+from xloom.router.connection import limited
 from xloom.router.errors import App
+from xloom.settings import LimitSettings
 
 GRACE_S = 20  # for answers under way when the router ends
 
@@ -26,10 +28,12 @@ class _Server(uvicorn.Server):
 class HttpListener:
     """Serves an ASGI app on a host and port that several routers of a machine may share."""
 
-    def __init__(self, app: App, host: str, port: int) -> None:
+    def __init__(self, app: App, host: str, port: int, limits: LimitSettings) -> None:
         self._socket = _bind(host, port)
         config = uvicorn.Config(
             app,
+            http=limited(limits),
+            ws="none",
             log_config=None,  # the process's own: xloom.observability.logs
             log_level="warning",
             access_log=False,

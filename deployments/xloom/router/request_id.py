@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from xloom.observability.logs import bind, fields
 from xloom.router.errors import App, Message, Receive, Scope, Send
-from xloom.router.guard import is_open
+from xloom.router.routes import is_open
 
 if TYPE_CHECKING:
     from xloom.observability.traces import HttpSpan, Tracing

@@ -10,7 +10,7 @@ import pytest
 from xloom.observability.recorder import Recorder
 from xloom.observability.table import HTTP_ERRORS
 from xloom.router.errors import CodedErrors, Message
-from xloom.router.guard import is_open
+from xloom.router.routes import is_open
 
 
 async def answer(
@@ -106,3 +106,29 @@ async def test_what_a_client_sent_becomes_no_label() -> None:
 @pytest.mark.parametrize("path", ["/ready", "/health/", "/metrics"])
 async def test_refused_probes_are_not_counted(path: str) -> None:
     assert (await counted(503, b'{"error": "not yet"}', path)).value(HTTP_ERRORS) == 0
+
+
+async def test_anthropics_clients_get_errors_of_their_shape() -> None:
+    sent: list[Message] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 404, "headers": headers})
+        error = {"type": "NotFoundError", "message": "The model `x` does not exist."}
+        await send({"type": "http.response.body", "body": json.dumps({"type": "error", "error": error}).encode()})
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    await CodedErrors(app)({"type": "http", "path": "/v1/messages"}, receive, send)
+    told = {"type": "not_found_error", "message": "The model `x` does not exist.", "code": "model_not_found"}
+    assert json.loads(sent[1]["body"]) == {"type": "error", "error": told}
+
+
+async def test_types_are_openais() -> None:
+    for status, kind in ((400, "invalid_request_error"), (404, "invalid_request_error"), (500, "server_error")):
+        body = json.dumps({"error": {"message": "no", "type": "BadRequestError", "code": status}}).encode()
+        assert json.loads((await answer(status, body))[1])["error"]["type"] == kind

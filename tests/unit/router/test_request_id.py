@@ -11,6 +11,7 @@ from xloom.observability.logs import bound
 from xloom.router.errors import App, CodedErrors, Message, Receive, Scope, Send
 from xloom.router.guard import Guard
 from xloom.router.request_id import HEADER, RequestIdMiddleware, request_id
+from xloom.router.routes import Access
 
 
 @pytest.mark.parametrize("given", ["a", "checkout-42", "0af7651916cd43dd8448eb211c80319c", "A.b_c:d-1", "x" * 128])
@@ -85,7 +86,7 @@ async def test_an_answer_has_one_id_also_when_the_app_sets_one() -> None:
 
 
 async def test_a_refused_call_has_one_too() -> None:
-    app = RequestIdMiddleware(CodedErrors(Guard(Inner(), "key", None)))
+    app = RequestIdMiddleware(CodedErrors(Guard(Inner(), lambda scope: Access.USER, "key", None)))
     sent = await call(app, (HEADER, b"mine"))
     assert sent[0]["status"] == 401
     assert answered(sent) == [b"mine"]

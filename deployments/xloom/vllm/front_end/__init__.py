@@ -32,15 +32,30 @@ class VLLMFrontEnd:
         self._engine.shutdown()
 
 
+# vLLM's switches for routes, keys and logs of its own: none of them is a setting of a router.
+_UNHEEDED = (
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_SERVER_DEV_MODE",
+    "VLLM_ENABLE_COHERE_API",
+    "VLLM_TORCH_PROFILER_DIR",
+    "VLLM_API_KEY",
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
+    "VLLM_LORA_RESOLVER_CACHE_DIR",
+    "VLLM_LORA_RESOLVER_HF_REPO_LIST",
+)
+
+
 async def open_front_end(settings: Settings, dispatcher: Dispatcher) -> VLLMFrontEnd:
     """The front end of one router. vLLM is imported here and not before: a driver only hands this function on."""
     # vLLM looks for a device as it is imported; the front end needs none.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    for name in _UNHEEDED:
+        os.environ.pop(name, None)
     from xloom.vllm.front_end.app import build_front_end
     from xloom.vllm.front_end.core_client import RoutedCoreClient
     from xloom.vllm.front_end.engine_client import RoutedEngineClient, front_end_config
 
     config = await asyncio.to_thread(front_end_config, settings)
-    engine = RoutedEngineClient(config, RoutedCoreClient(dispatcher))
+    engine = RoutedEngineClient(config, RoutedCoreClient(dispatcher), settings.router.limits)
     app, models = await build_front_end(engine, settings)
     return VLLMFrontEnd(app, engine, models)

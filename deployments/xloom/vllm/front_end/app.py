@@ -15,8 +15,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
-from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
@@ -95,6 +95,7 @@ def front_end_arguments(settings: Settings) -> Namespace:
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     args.model = settings.model.source
     args.served_model_name = [settings.model.served_name]
+    args.disable_fastapi_docs = True  # the schema takes half a second to make, on the event loop
     for name, value in settings.router.front_end_args.items():
         if not hasattr(args, name):
             raise XloomError("unknown_front_end_argument", f"vLLM's front end has no option {name!r}.", "", 400)
@@ -106,11 +107,10 @@ async def build_front_end(engine: RoutedEngineClient, settings: Settings) -> tup
     """The FastAPI app with vLLM's routes, and the models it serves."""
     args = front_end_arguments(settings)
     tasks = await engine.get_supported_tasks()
-    app = build_app(args, tasks, engine.model_config)
+    with _without_sagemaker_overrides():
+        app = launcher.build_app(args, tasks, engine.model_config)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(XloomError, _answer_xloom_error)
-    # vLLM's SageMaker bootstrap has built the stack already, without these handlers.
-    app.middleware_stack = app.build_middleware_stack()
     with _models_class(ServedModels):
         await app_state.init_app_state(engine, app.state, args, tasks)
     for serving in vars(app.state)["_state"].values():
@@ -141,3 +141,14 @@ def _models_class(cls: type[OpenAIServingModels]) -> Iterator[None]:
         yield
     finally:
         app_state.OpenAIServingModels = original
+
+
+@contextmanager
+def _without_sagemaker_overrides() -> Iterator[None]:
+    """Leave out what would take handlers and middleware from files and environment variables."""
+    original = launcher.sagemaker_standards_bootstrap
+    launcher.sagemaker_standards_bootstrap = lambda app: app
+    try:
+        yield
+    finally:
+        launcher.sagemaker_standards_bootstrap = original

@@ -7,6 +7,7 @@ Relies on vLLM 0.32: `vllm.v1.engine.async_llm.AsyncLLM`, which makes its client
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -17,15 +18,18 @@ from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from xloom.protocol import XloomError
 from xloom.router.traffic import Ending
-from xloom.settings import Settings
+from xloom.settings import LimitSettings, Settings
 from xloom.vllm.front_end.core_client import RoutedCoreClient
+from xloom.vllm.front_end.grammars import GrammarCheck
 from xloom.vllm.metrics import RequestStatLogger
 
 
@@ -73,7 +77,7 @@ def front_end_config(settings: Settings) -> VllmConfig:
 class RoutedEngineClient(AsyncLLM):
     """What vLLM's OpenAI front end takes for an engine."""
 
-    def __init__(self, vllm_config: VllmConfig, core: RoutedCoreClient) -> None:
+    def __init__(self, vllm_config: VllmConfig, core: RoutedCoreClient, limits: LimitSettings | None = None) -> None:
         with _core_client(core):
             super().__init__(
                 vllm_config,
@@ -85,6 +89,43 @@ class RoutedEngineClient(AsyncLLM):
                 stat_loggers=[RequestStatLogger, PrometheusStatLogger],
             )
         core.call_on_failure(self._fail)
+        self._grammars = GrammarCheck(limits or LimitSettings(), self._tokenizer_info)
+        # Without it vLLM leaves structured output to us: `add_request` has it validated, and not on the event loop.
+        self.input_processor.structured_outputs_config = None
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
+    ) -> RequestOutputCollector:
+        """As `AsyncLLM.add_request`; a grammar is compiled aside first. Raises `RequestError`."""
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            await self._check_grammar(params)
+        return await super().add_request(request_id, prompt, params, *args, **options)
+
+    async def _check_grammar(self, params: SamplingParams) -> None:
+        assert params.structured_outputs is not None
+        try:
+            await self._grammars.check(params.structured_outputs)
+        except XloomError as error:
+            raise RequestError(error) from None
+        config = self.vllm_config.structured_outputs_config
+        tokenizer = self.input_processor.tokenizer
+        await asyncio.to_thread(params._validate_structured_outputs, self.model_config, config, tokenizer)
+
+    def _tokenizer_info(self) -> str:
+        """As `vllm.v1.structured_output.backend_xgrammar.XgrammarBackend.__post_init__` makes it."""
+        import xgrammar
+
+        vocab_size = self.model_config.get_vocab_size()
+        info: str = xgrammar.TokenizerInfo.from_huggingface(
+            self.input_processor.tokenizer, vocab_size=vocab_size
+        ).serialize_json()
+        return info
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """As `AsyncLLM.shutdown`, and the grammars' processes end."""
+        if (grammars := getattr(self, "_grammars", None)) is not None:
+            grammars.close()
+        super().shutdown(timeout)
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """As `AsyncLLM.abort`, told apart from what its output handler ends at a stop string."""

@@ -1,0 +1,82 @@
+"""ASGI middleware that takes in a request's body, within limits of size and time, and checks it before the app."""
+
+from __future__ import annotations
+
+import asyncio
+
+from xloom.protocol import XloomError
+from xloom.router.body import BOM, check_body
+from xloom.router.errors import App, Message, Receive, Scope, Send, send_error
+from xloom.settings import LimitSettings
+
+_ASIDE = 262_144  # bytes; a body over this is checked in a thread, where other tasks get their turns
+
+
+class BodyLimits:
+    """Stands behind the guard: a stranger's body is never read."""
+
+    def __init__(self, app: App, limits: LimitSettings) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        try:
+            body = await self._read(headers, receive)
+            if body is None:
+                return  # the client has left
+            kind = headers.get(b"content-type")
+            if body and (kind is None or b"json" in kind.lower()):
+                body = body.removeprefix(BOM)
+                if len(body) > _ASIDE:
+                    await asyncio.to_thread(check_body, body, self._limits)
+                else:
+                    check_body(body, self._limits)
+        except XloomError as error:
+            await send_error(send, error)
+            return
+        await self._app(scope, _replayed(body, receive), send)
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        most = self._limits.body_bytes
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared[:20]) > most:
+            raise _too_large(most)
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        raise _too_large(most)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            what = f"The body was not sent within {self._limits.body_timeout_s:g} s."
+            raise XloomError("request_timeout", what, "Send it faster.", 408) from None
+
+
+def _too_large(most: int) -> XloomError:
+    cure = "Send less, or have the operator raise `router.limits.body_bytes`."
+    return XloomError("body_too_large", f"The body is over {most} bytes.", cure, 413)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Gives the body once; after it what comes next, which is that the client leaves."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
