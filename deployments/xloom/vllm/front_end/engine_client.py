@@ -85,6 +85,7 @@ class RoutedEngineClient(AsyncLLM):
                 stat_loggers=[RequestStatLogger, PrometheusStatLogger],
             )
         core.call_on_failure(self._fail)
+        core.set_vocabulary(vllm_config.model_config.get_vocab_size())
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """As `AsyncLLM.abort`, told apart from what its output handler ends at a stop string."""
