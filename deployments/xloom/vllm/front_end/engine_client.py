@@ -89,6 +89,7 @@ class RoutedEngineClient(AsyncLLM):
                 stat_loggers=[RequestStatLogger, PrometheusStatLogger],
             )
         core.call_on_failure(self._fail)
+        core.set_vocabulary(vllm_config.model_config.get_vocab_size())
         self._grammars = GrammarCheck(limits or LimitSettings(), self._tokenizer_info)
         # Without it vLLM leaves structured output to us: `add_request` has it validated, and not on the event loop.
         self.input_processor.structured_outputs_config = None
