@@ -26,7 +26,7 @@ KINDS = ["blend", "base", "alpha", "single"]
 SCALE_UP_S = 240.0  # an engine's start on a busy machine
 SCALE_DOWN_S = 90.0
 WORKERS = 12
-STREAMS = 8
+STREAMS = 6  # fewer than two replicas take at once: none waits for another to end
 LONG = 800  # tokens
 
 
