@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 8000
 SETTINGS ?=
 TESTS ?= tests
+PARTS = $(patsubst tests,tests/unit tests/integration tests/conformance tests/e2e,$(TESTS:/=))
 INSTALL = $(PYTHON) requirements/install.py --venv $(VENV)
 BIN = $(VENV)/bin
 
@@ -22,9 +23,15 @@ serve: install ## serve the sample, or SETTINGS=file.yaml, at PORT=8000
 cluster: install ## a Ray cluster of two nodes on this machine, serving SETTINGS (default: cluster/local.yaml)
 	@exec $(BIN)/python cluster/local_cluster.py $(SETTINGS)
 
+# Whole servers and clusters have the machine to themselves; the other tests run beside each other.
+test: ALONE = $(filter tests/e2e%,$(PARTS))
+test: BESIDE = $(filter-out $(ALONE),$(PARTS))
 test: ## run the tests (TESTS=tests/unit for a part)
 	@$(INSTALL) cpu mistralrs isq dev
-	@$(BIN)/python -m pytest $(TESTS)
+	@failed=0; \
+	$(if $(BESIDE),$(BIN)/python -m pytest -n 2 --dist loadfile $(BESIDE) || failed=1;) \
+	$(if $(ALONE),$(BIN)/python -m pytest $(ALONE) || failed=1;) \
+	exit $$failed
 
 matrix: ## test each combination of extras in an environment of its own (long)
 	@$(INSTALL) cpu mistralrs isq dev
