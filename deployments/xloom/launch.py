@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from xloom.adapters.manifest import Entry
-from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, lora_rank, open_adapters
-from xloom.engines.registry import backend_for
-from xloom.observability import traces
+from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, check, lora_rank, open_adapters
 from xloom.observability.logs import serve_logging
 from xloom.processes import end_marked
 from xloom.protocol import XloomError
+from xloom.router.port_claim import check_free
 from xloom.settings import ModelSettings, Settings
 from xloom.start import start
 
@@ -151,14 +150,15 @@ def check_model(model: ModelSettings) -> None:
 def serve_forever(settings: Settings) -> None:
     """Serve until interrupted, then stop all that was started. Raises `XloomError`."""
     check_model(settings.model)
-    backend_for(settings)  # refuses what can't be served before anything starts
-    traces.require(settings.observability.traces)
+    check(settings)
     stop = threading.Event()
     previous = {
         each: signal.signal(each, lambda number, frame: _interrupt(stop, frame))
         for each in (signal.SIGINT, signal.SIGTERM)
     }
     cluster, store = Cluster(settings), None
+    if cluster.is_local and settings.router.port:
+        check_free(settings.router.host, settings.router.port)  # a router would find it out after the engine's start
     try:
         with console.status("Starting Ray") as status:
             cluster.start()

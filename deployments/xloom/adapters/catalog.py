@@ -18,7 +18,8 @@ import msgspec
 
 from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
-from xloom.adapters.manifest import Entry, Manifest, ManifestFile, generation_of, read_files
+from xloom.adapters.manifest import Entry, Manifest, ManifestFile, folder_generation, generation_of, read_files
+from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.storage.durable import sync, sync_tree
@@ -53,12 +54,10 @@ class AdapterCatalog:
         max_rank: int,
         reserved_names: Collection[str] = (),
         base_revision: str | None = None,
-        limits: sources.Limits | None = None,
     ) -> None:
         self._base = (base_source, base_revision)
         self._max_rank = max_rank
         self._reserved = frozenset(reserved_names)
-        self._limits = limits or sources.Limits()
         self._prepared = folder / "prepared"
         self._incoming = folder / "incoming"
         self._changing = Lock()
@@ -95,35 +94,46 @@ class AdapterCatalog:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        rules: SourceRules | None = None,
     ) -> Entry:
         """Take an adapter or bundle in (`kind` None: whichever it is). Raises `XloomError` and changes nothing.
 
         Adding what is there already changes nothing; other content under the same name is adapter_exists
         unless `replace`.
         """
-        with self.stage(name, source, kind, overrides, verify=verify) as staged:
+        with self.stage(name, source, kind, overrides, verify=verify, rules=rules) as staged:
             return self.commit(staged, replace=replace, max_rank=max_rank)
 
     @contextmanager
     def stage(
-        self, name: str, source: str, kind: str | None, overrides: Overrides, *, verify: bool = False
+        self,
+        name: str,
+        source: str,
+        kind: str | None,
+        overrides: Overrides,
+        *,
+        verify: bool = False,
+        rules: SourceRules | None = None,
     ) -> Iterator[Staged]:
-        """Fetch, check and prepare a source; what is not committed within the block is deleted."""
+        """Fetch, check and prepare a source; what is not committed within the block is deleted.
+
+        `rules` None: any source, for the settings' own and for commands of this machine's user.
+        """
         check_name(name, self._reserved)
         scratch = self._incoming / uuid.uuid4().hex
         prepared = scratch / "prepared"
         fetched = scratch / "source" / "fetched"  # what a bundle names as ../x comes to lie in `source`
         prepared.mkdir(parents=True)
         try:
-            sources.fetch(source, fetched, self._limits)
+            sources.fetch(source, fetched, rules)
             with _speaking_of(source, fetched):
                 kind = detect_kind(fetched, source, kind)
                 check_overrides(kind, overrides)
-                result = self._prepare(source, fetched, kind, overrides, prepared)
+                result = self._prepare(source, fetched, kind, overrides, prepared, rules)
             entry = Entry(
                 name=name,
                 kind=kind,
-                generation=generation_of(read_files(prepared)),
+                generation=folder_generation(prepared),
                 rank=result.rank,
                 targets=result.targets,
                 size=result.size,
@@ -138,14 +148,16 @@ class AdapterCatalog:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _prepare(self, source: str, fetched: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
+    def _prepare(
+        self, source: str, fetched: Path, kind: str, overrides: Overrides, out: Path, rules: SourceRules | None
+    ) -> Prepared:
         # Imported here: without torch a store that has crashed is back in half the time.
         from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 
         base = base_shape(*self._base)
         if kind == "lora":
             return prepare_lora(fetched, base.modules, out, max_rank=self._max_rank)
-        fetch_companions(source, fetched, self._limits)
+        fetch_companions(source, fetched, rules or SourceRules())
         return prepare_bundle(
             fetched,
             base.modules,

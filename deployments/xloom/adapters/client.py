@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import Refusal, ReplicaReport
+from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.store import AdapterStore
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.settings import LogSettings
@@ -45,9 +46,10 @@ class StoreClient:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        rules: SourceRules | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
-        return cast(Entry, await self._call("add", name, source, kind, overrides, replace, max_rank, verify))
+        return cast(Entry, await self._call("add", name, source, kind, overrides, replace, max_rank, verify, rules))
 
     async def remove(self, name: str) -> Entry | None:
         """Take an adapter out; its entry, None when the store died after removing it. Raises adapter_not_found."""

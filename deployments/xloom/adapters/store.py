@@ -16,6 +16,7 @@ import ray
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, Refusal, ReplicaReport, Residency
+from xloom.adapters.source_rules import SourceRules
 from xloom.observability import table
 from xloom.observability.logs import configure
 from xloom.observability.recorder import RECORDER
@@ -73,12 +74,13 @@ class AdapterStore:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        rules: SourceRules | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add`."""
         catalog = await self._catalog()
         with _counted("add", catalog):
             async with self._staging:
-                stage = catalog.stage(name, source, kind, overrides, verify=verify)
+                stage = catalog.stage(name, source, kind, overrides, verify=verify, rules=rules)
                 staged = await asyncio.to_thread(stage.__enter__)
                 try:
                     async with self._committing:

@@ -15,19 +15,22 @@ from xloom.observability.recorder import RECORDER
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.errors import CodedErrors
+from xloom.router.exposure import is_loopback
 from xloom.router.front_end import OpenFrontEnd
 from xloom.router.guard import Guard, is_open
 from xloom.router.http import Control, attach_routes
+from xloom.router.keys import Keys
 from xloom.router.listener import HttpListener
 from xloom.router.manifest_watch import ManifestWatch
 from xloom.router.request_id import RequestIdMiddleware
 from xloom.router.traffic import Traffic
-from xloom.settings import Settings
+from xloom.settings import Settings, forget_keys
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from xloom.adapters.client import StoreClient
+    from xloom.adapters.source_rules import SourceRules
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +54,12 @@ class Router:
         max_lora_rank: int,
         store: StoreClient,
         open_front_end: OpenFrontEnd,
+        keys: Keys,
+        rules: SourceRules,
     ) -> None:
+        forget_keys()
         watch, base, router_id = settings.observability, settings.model.served_name, f"router-{uuid.uuid4().hex[:8]}"
-        logs.configure(watch.logs, "router", router_id, logs.secrets_of(settings, token))
+        logs.configure(watch.logs, "router", router_id, [token])
         from xloom.router.replica_collector import register
 
         self._replicas = replicas
@@ -69,13 +75,13 @@ class Router:
         logs.adopt("vllm", "uvicorn")
         self._manifest = ManifestWatch(store, self._front_end.take)
         await self._manifest.start(FIRST_MANIFEST_S)
-        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._manifest, store)
+        control = Control(base, max_lora_rank, self._dispatcher, self._manifest, store, rules)
         attach_routes(app, control)
         register(self._dispatcher)
-        guarded = Guard(app, _secret(settings.router.api_key), _secret(settings.router.admin_key))
+        guarded = Guard(app, keys, local=is_loopback(settings.router.host))
         coded = CodedErrors(guarded, uncounted=is_open)
         identified = RequestIdMiddleware(coded, tracing=self._tracing, lines=watch.logs.requests)
-        self._listener = HttpListener(identified, settings.router.host, settings.router.port)
+        self._listener = HttpListener(identified, settings.router.host, settings.router.port, _deployment())
         app.state.server = self._listener.server
         self._dispatcher.start()
         await self._listener.start()
@@ -124,5 +130,10 @@ class Router:
             await asyncio.to_thread(self._tracing.close)
 
 
-def _secret(key: Any) -> str | None:
-    return key.get_secret_value() if key is not None else None
+def _deployment() -> str:
+    """What the routers of one deployment have in common, also over a redeploy, and no others on the machine."""
+    import ray
+    from ray import serve
+
+    session = ray.get_runtime_context().get_session_name()
+    return f"{session} {serve.get_replica_context().app_name}"

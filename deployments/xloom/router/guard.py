@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hmac
-
+from xloom.observability.logs import hide
 from xloom.protocol import XloomError
 from xloom.router.errors import App, Receive, Scope, Send, send_error
+from xloom.router.keys import KeyDigest, Keys
 
 ADMIN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 OPEN = frozenset({"/health", "/ready", "/ping", "/version", "/metrics", "/-/healthz"})  # for probes and scrapers
@@ -16,28 +16,39 @@ def is_open(path: str) -> bool:
     return "/" + path.strip("/") in OPEN
 
 
-def refusal(path: str, authorization: str, api_key: str | None, admin_key: str | None) -> XloomError | None:
-    """Why a call may not pass, or None. The admin key opens every route."""
+def refusal(path: str, authorization: str, keys: Keys, *, local: bool) -> XloomError | None:
+    """Why a call may not pass, or None. The admin key opens every route.
+
+    Without an admin key nobody may change adapters, but where there are no keys at all and only this machine's own
+    users reach the endpoint (`local`).
+    """
     if is_open(path):
         return None
     path = "/" + path.strip("/")
     scheme, _, given = authorization.partition(" ")
     given = given.strip() if scheme.lower() == "bearer" else ""
-    is_admin, is_user = _same(given, admin_key), _same(given, api_key)
-    if path in ADMIN and admin_key is not None:
-        if is_admin:
+    is_admin, is_user = _same(given, keys.admin), _same(given, keys.api)
+    if path in ADMIN:
+        if is_admin or (local and keys == Keys()):
             return None
+        if keys.admin is None and (is_user or keys.api is None):
+            cure = "Set XLOOM_ADMIN_KEY (or router.admin_key) and start again."
+            what = "This deployment has no admin key, so adapters can't be changed."
+            return XloomError("admin_key_required", what, cure, 403)
         if is_user:
             cure = "Send it as `Authorization: Bearer KEY`."
             return XloomError("admin_key_required", "This route needs the admin key.", cure, 403)
         return _unknown(given)
-    if api_key is None or is_user or is_admin:
+    if keys.api is None or is_user or is_admin:
         return None
     return _unknown(given)
 
 
-def _same(given: str, wanted: str | None) -> bool:
-    return wanted is not None and hmac.compare_digest(given.encode(), wanted.encode())
+def _same(given: str, wanted: KeyDigest | None) -> bool:
+    if wanted is None or not given or not wanted.matches(given):
+        return False
+    hide(given)  # only a client can have brought a key here
+    return True
 
 
 def _unknown(given: str) -> XloomError:
@@ -48,8 +59,8 @@ def _unknown(given: str) -> XloomError:
 class Guard:
     """ASGI middleware that answers what `refusal` refuses."""
 
-    def __init__(self, app: App, api_key: str | None, admin_key: str | None) -> None:
-        self._app, self._api_key, self._admin_key = app, api_key, admin_key
+    def __init__(self, app: App, keys: Keys, *, local: bool) -> None:
+        self._app, self._keys, self._local = app, keys, local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] != "OPTIONS":
@@ -58,7 +69,7 @@ class Guard:
             # Anthropic's clients send their key so.
             if not authorization and (key := headers.get(b"x-api-key")):
                 authorization = f"Bearer {key.decode('latin-1')}"
-            error = refusal(scope["path"], authorization, self._api_key, self._admin_key)
+            error = refusal(scope["path"], authorization, self._keys, local=self._local)
             if error is not None:
                 await send_error(send, error)
                 return

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from xloom.adapters.manifest import Entry
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
+from xloom.adapters.source_rules import SourceRules
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.dispatch import Dispatcher
 from xloom.router.manifest_watch import ManifestWatch
@@ -32,6 +33,7 @@ class Store(Protocol):
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        rules: SourceRules | None = None,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
     async def revert(self, name: str, generation: str) -> Entry | None: ...
@@ -76,6 +78,7 @@ class Control:
     dispatcher: Dispatcher
     manifest: ManifestWatch
     store: Store
+    rules: SourceRules  # for what is added at run time
 
     async def add(self, wanted: LoadAdapter) -> Entry:
         """Take an adapter in and wait until every live replica holds it. Raises `XloomError`."""
@@ -88,6 +91,7 @@ class Control:
             replace=wanted.load_inplace,
             max_rank=self.max_lora_rank,
             verify=wanted.verify,
+            rules=self.rules,
         )
         try:
             timeout_s = VERIFIED_TIMEOUT_S if entry.verify else RESIDENT_TIMEOUT_S

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import generation_of
+from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.sources import Limits
 from xloom.protocol import Overrides, XloomError
 
@@ -264,7 +265,7 @@ def test_kinds_are_told_apart(open_catalog: Open, lora: Path, bundle: Path) -> N
 
 
 def test_a_source_over_the_limits_is_refused(open_catalog: Open, lora: Path) -> None:
-    assert refused(open_catalog(limits=Limits(size=10)), "code", lora).code == "source_too_large"
+    assert refused(open_catalog(), "code", lora, rules=SourceRules(limits=Limits(size=10))).code == "source_too_large"
 
 
 def test_a_full_disk_while_committing_changes_nothing(
