@@ -24,6 +24,7 @@ from xloom.observability.logs import serve_logging
 from xloom.preflight import refuse
 from xloom.processes import end_marked
 from xloom.protocol import XloomError
+from xloom.router.port_claim import check_free
 from xloom.settings import Settings
 from xloom.stages import Stages
 from xloom.start import start
@@ -149,6 +150,8 @@ def serve_forever(settings: Settings) -> None:
         for each in (signal.SIGINT, signal.SIGTERM)
     }
     cluster, store = Cluster(settings), None
+    if cluster.is_local and settings.router.port:
+        check_free(settings.router.host, settings.router.port)  # a router would find it out after the engine's start
     try:
         with Stages(console) as stages:
             stages.begin("Starting Ray")

@@ -62,12 +62,16 @@ def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     os.symlink("..", source / "0" / "up")
     assert refused(source, tmp_path / "into") == "unsafe_path"
+    os.symlink("itself.json", source / "itself.json")
+    (source / "0" / "up").unlink()
+    sources.fetch(str(source), tmp_path / "into")
+    assert names_in(tmp_path / "into") == KEPT
 
 
 def test_an_endless_tree_is_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     source.joinpath(*["deep"] * 40).mkdir(parents=True)
-    assert refused(source, tmp_path / "into") == "unsafe_path"
+    assert refused(source, tmp_path / "into") == "source_too_large"
 
 
 def test_the_one_adapter_of_a_source_is_found_in_its_folder(tmp_path: Path) -> None:
