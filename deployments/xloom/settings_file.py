@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
 
 from xloom.protocol import XloomError
 
@@ -28,8 +30,14 @@ _INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float",
 class _Loader(yaml.SafeLoader):
     """YAML whose keys are there once, and whose numbers are what people take them for.
 
-    PyYAML keeps the last of two equal keys, and reads 12:30 as 750 (base 60) and 010 as 8, as YAML 1.1 has it.
+    PyYAML keeps the last of two equal keys, and reads 12:30 as 750 (base 60) and 010 as 8, as YAML 1.1 has it. What
+    other libraries change in PyYAML's own loaders (lm-format-enforcer makes dates texts) does not reach this one.
     """
+
+    yaml_constructors = {
+        f"tag:yaml.org,2002:{name}": getattr(SafeConstructor, f"construct_yaml_{name}")
+        for name in "null bool int float binary timestamp omap pairs set str seq map".split()
+    } | {None: SafeConstructor.construct_undefined}
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -50,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    for first, resolvers in Resolver.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     _FLOAT,

@@ -26,7 +26,7 @@ KINDS = ["blend", "base", "alpha", "single"]
 SCALE_UP_S = 240.0  # an engine's start on a busy machine
 SCALE_DOWN_S = 90.0
 WORKERS = 12
-STREAMS = 8
+STREAMS = 6  # fewer than two replicas take at once: none waits for another to end
 LONG = 800  # tokens
 
 
@@ -119,7 +119,7 @@ def test_a_queue_brings_a_second_replica_and_calm_takes_it_away(server: Served) 
         both = {replica["id"] for replica in replicas(server)}
         # The new one holds every adapter, and takes its share.
         wait_until(lambda: all(each["stats"]["running"] for each in replicas(server)), 60, "both at work")
-        assert all(len(replica["stats"]["adapters"]) == 3 for replica in replicas(server))
+        assert all(len(replica["stats"]["adapters"]) == 4 for replica in replicas(server))
         assert {name: server.greedy(name, PROMPT, 32) for name in KINDS} == first
     wait_until(lambda: len(server.status()["replicas"]) == 1, SCALE_DOWN_S, "one replica", 0.25)
     assert replicas(server)[0]["id"] in both

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from xloom.commands.build import build_config
 from xloom.protocol import XloomError
@@ -64,6 +65,15 @@ def test_merged_keys_are_not_doubled_ones(tmp_path: Path) -> None:
 )
 def test_a_value_is_taken_as_written_or_refused(tmp_path: Path, text: str) -> None:
     assert refused(tmp_path, text).code == "invalid_settings"
+
+
+def test_what_a_library_changes_in_pyyaml_changes_nothing_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tag in ("timestamp", "int"):  # in place, as lm-format-enforcer does it at its import
+        monkeypatch.setitem(yaml.SafeLoader.yaml_constructors, f"tag:yaml.org,2002:{tag}", lambda *_: "else")
+    assert refused(tmp_path, "model: {served_name: 2024-99-99}").code == "invalid_settings"
+    assert loaded(tmp_path, "replicas: {max: 3}").replicas.max == 3
 
 
 def test_numbers_are_decimal(tmp_path: Path) -> None:

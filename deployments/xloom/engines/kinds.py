@@ -8,9 +8,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from xloom.mixtures.options import XLORA_FILE
 from xloom.protocol import AdapterRef, XloomError
-
-XLORA_FILE = "xlora.json"  # of a prepared bundle (xloom.mixtures.prepare, which imports torch)
 
 
 def check_kind(backend: type[Any], ref: AdapterRef, folder: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.bundle import Bundle, read_bundle
 from xloom.mixtures.lora import LoraWeights, read_lora
-from xloom.mixtures.options import MIXING_MODES, PASSES, PREFILLS, RoutingOptions
+from xloom.mixtures.options import MIXING_MODES, PASSES, PREFILLS, XLORA_FILE, RoutingOptions
 from xloom.mixtures.overflow import check_range, largest_gate
 from xloom.mixtures.targets import PREFIX
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
@@ -29,7 +29,6 @@ Shapes = Mapping[str, tuple[int, int]]
 Segments = list[list[tuple[int, int]]]
 Stacked = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
-XLORA_FILE = "xlora.json"
 ROUTER_FILE = "xlora_router.safetensors"
 FORMAT = 1
 

@@ -66,7 +66,14 @@ class EngineReplica:
         self._tracing = traces.start(watch.traces, "replica", self._replica_id)
         base, lines = settings.model.served_name, watch.logs.requests
         journal = journal_for("replica", self._replica_id, base, lines=lines, tracing=self._tracing)
-        self._server = ReplicaServer(self._backend, self._replica_id, token, self._reconciler, journal)
+        self._server = ReplicaServer(
+            self._backend,
+            self._replica_id,
+            token,
+            self._reconciler,
+            journal,
+            silent_after_s=settings.replicas.stuck_timeout_s,
+        )
         self._reconciler.users = self._server.users
         self._reconciler.on_change = self._server.report
         self._server.on_report = EngineMetrics(RECORDER, self._replica_id).take

@@ -104,10 +104,12 @@ def _folder() -> Path:
 
 
 def _logging_config(level: str) -> dict[str, Any]:
+    from vllm import envs
     from vllm.logger import DEFAULT_LOGGING_CONFIG
 
     config: dict[str, Any] = deepcopy(DEFAULT_LOGGING_CONFIG)
     config["handlers"]["vllm"]["level"] = config["loggers"]["vllm"]["level"] = level
+    config["handlers"]["vllm"]["stream"] = envs.VLLM_LOGGING_STREAM  # it may have changed since vLLM was imported
     for formatter in config["formatters"].values():
         formatter["log_level"] = level
     config["handlers"]["xloom"] = {"()": f"{CauseHandler.__module__}.{CauseHandler.__name__}"}
