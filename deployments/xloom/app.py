@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xloom.adapters.limits import Limits
 from xloom.adapters.manifest import Entry
-from xloom.adapters.source_rules import SourceRules
+from xloom.adapters.source_rules import SourceRules, check_prefixes
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
 from xloom.observability.logs import serve_logging
@@ -113,6 +113,7 @@ def check(settings: Settings) -> None:
     traces.require(settings.observability.traces)
     check_exposure(settings.router)
     check_names(settings.router.front_end_args)
+    check_prefixes(settings.store.sources)
 
 
 def own_rules(settings: Settings) -> SourceRules:

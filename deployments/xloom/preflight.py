@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xloom.adapters.source_rules import check_prefixes
 from xloom.engines.kv_size import NULL_PAGES, pair_pages, too_few_pages
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
@@ -155,6 +156,11 @@ def check_endpoint(settings: Settings) -> None:
     check_exposure(settings.router)
 
 
+def check_sources(settings: Settings) -> None:
+    """Raise `XloomError` (invalid_settings) for a prefix under which no source could lie."""
+    check_prefixes(settings.store.sources)
+
+
 CHECKS: tuple[Callable[[Settings], None], ...] = (
     check_backend,
     check_model,
@@ -165,6 +171,7 @@ CHECKS: tuple[Callable[[Settings], None], ...] = (
     check_traces,
     check_front_end,
     check_endpoint,
+    check_sources,
 )
 
 

@@ -62,6 +62,7 @@ class AdapterCatalog:
         self._prepared = folder / "prepared"
         self._incoming = folder / "incoming"
         self._changing = Lock()
+        self._preparing = Lock()  # sources are fetched side by side; the weights of one at a time are in memory
         self._replaced: dict[str, Entry] = {}  # by name: what the newest replacement took the place of
         self._rules: dict[str, SourceRules | None] = {}  # by key: those of what was added in this process's life
         self._prepared.mkdir(parents=True, exist_ok=True)
@@ -170,20 +171,22 @@ class AdapterCatalog:
 
         base, weights = base_shape(*self._base), BaseWeights(*self._base)
         if kind == "lora":
-            return prepare_lora(found, base.modules, out, max_rank=self._max_rank, base=weights)
+            with self._preparing:
+                return prepare_lora(found, base.modules, out, max_rank=self._max_rank, base=weights)
         if found != fetched:
             source = f"{source.rstrip('/')}/{found.relative_to(fetched).as_posix()}"
         fetch_companions(source, found, rules or SourceRules())
-        return prepare_bundle(
-            found,
-            base.modules,
-            out,
-            hidden_size=base.hidden_size,
-            max_rank=self._max_rank,
-            overrides=overrides,
-            base=weights,
-            root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
-        )
+        with self._preparing:
+            return prepare_bundle(
+                found,
+                base.modules,
+                out,
+                hidden_size=base.hidden_size,
+                max_rank=self._max_rank,
+                overrides=overrides,
+                base=weights,
+                root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
+            )
 
     def commit(
         self, staged: Staged, *, replace: bool = False, max_rank: int | None = None, mixtures: bool = True

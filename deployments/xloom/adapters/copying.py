@@ -10,8 +10,10 @@ from xloom.adapters.limits import Budget
 from xloom.protocol import XloomError
 
 _PIECE = 2**20  # bytes
-_MOST_HEADER = 100 * 2**20  # bytes: the format's own limit (safetensors 0.8: MAX_HEADER_SIZE)
-_MOST_JSON = 64 * 2**20  # bytes; it is read whole, later on
+_MOST_HEADER = 16 * 2**20  # bytes: some hundred for each tensor. It is read whole, as JSON
+_MOST_JSON = 64 * 2**20  # bytes: a tokenizer's, which is copied and no more
+_MOST_READ = 4 * 2**20  # bytes: what is read whole, later on
+_READ = ("adapter_config.json", "xlora_config.json", ".index.json")
 
 
 class Readable(Protocol):
@@ -25,37 +27,37 @@ def copy(reader: Readable, target: Path, size: int | None, budget: Budget) -> No
     budget.heard()  # of a source that was given up nothing more is written
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as out:
-        start = b""
+        start, whole = b"", None  # bytes of the file, by its header
         if target.suffix == ".safetensors":
             start = _pieces(reader, 8, budget)
             length = _header_length(start, target, budget)
             start += _pieces(reader, length, budget)
-            most: int | None = _whole_size(start, length, target, budget)
-            if size not in (None, most):
-                raise _broken(target, budget, f"its header speaks of {most} bytes, and it has {size}")
-        else:
-            most = None
+            whole = _whole_size(start, length, target, budget)
+            if size not in (None, whole):
+                raise _broken(target, budget, f"its header speaks of {whole} bytes, and it has {size}")
+            budget.expect(whole - len(start))
+        most = whole or (_MOST_READ if target.name.endswith(_READ) else _MOST_JSON)
         out.write(start)
         copied = len(start)
         while piece := reader.read(_PIECE):
             budget.take(len(piece))
             copied += len(piece)
-            if most is not None and copied > most:
-                raise _broken(target, budget, f"its header speaks of {most} bytes, and more come")
-            if most is None and copied > _MOST_JSON:
-                raise budget.too_large(f"{target.name} of more than {_MOST_JSON} bytes")
+            if copied > most and whole is None:
+                raise budget.too_large(f"{target.name} of more than {most} bytes")
+            if copied > most:
+                raise _broken(target, budget, f"its header speaks of {whole} bytes, and more come")
             out.write(piece)
-    if most is not None and copied < most:
-        raise _broken(target, budget, f"its header speaks of {most} bytes, and it has {copied}")
+    if whole is not None and copied < whole:
+        raise _broken(target, budget, f"its header speaks of {whole} bytes, and it has {copied}")
 
 
 def _pieces(reader: Readable, count: int, budget: Budget) -> bytes:
     """Up to `count` bytes."""
-    found = b""
+    found = bytearray()
     while len(found) < count and (piece := reader.read(min(_PIECE, count - len(found)))):
         budget.take(len(piece))
         found += piece
-    return found
+    return bytes(found)
 
 
 def _header_length(start: bytes, target: Path, budget: Budget) -> int:

@@ -59,8 +59,12 @@ class Budget:
     def take(self, count: int) -> None:
         """So many bytes more have come."""
         self.heard()
+        self.expect(count)
         self._bytes -= count
-        if self._bytes < 0:
+
+    def expect(self, count: int) -> None:
+        """So many bytes more are to come."""
+        if count > self._bytes:
             raise self.too_large(f"more than {self.limits.size} bytes")
 
     @contextmanager

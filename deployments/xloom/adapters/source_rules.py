@@ -107,10 +107,22 @@ class SourceRules:
             raise XloomError(
                 "source_not_allowed",
                 f"This deployment does not take adapters from {source!r}.",
-                f"Name one under {_listed(self.allowed)}, or add its place to store.sources and start again.",
+                f"Name one under {_listed(self.allowed)}, or add {_near(wanted)!r} to store.sources and start again.",
                 403,
             )
         return matching
+
+
+def check_prefixes(prefixes: Iterable[str]) -> None:
+    """Raise `XloomError` (invalid_settings) for a prefix of `store.sources` under which nothing could lie."""
+    for prefix in prefixes:
+        try:
+            patterns = [part for part in place(prefix).parts if "*" in part]
+        except XloomError as error:
+            raise XloomError("invalid_settings", f"store.sources: {error.message}", error.cure) from None
+        if patterns:
+            what = f"store.sources: {prefix!r} is read as it stands, not as a pattern."
+            raise XloomError("invalid_settings", what, "Leave the * out: all below a prefix may be added.")
 
 
 def beside(source: str, path: str) -> str | None:
@@ -120,6 +132,15 @@ def beside(source: str, path: str) -> str | None:
     if "://" in source and not source.startswith("hf://"):
         return posixpath.join(source.rstrip("/").rpartition("/")[0], path)
     return None  # a hub repository has nothing beside it
+
+
+def _near(wanted: Place) -> str:
+    """The prefix under which all that lies beside a place may be added."""
+    if wanted.scheme == _LOCAL:
+        folder = Path(*wanted.parts)
+        return str(folder.parent if len(wanted.parts) > 2 else folder)
+    parts = wanted.parts[:-1] or wanted.parts
+    return f"{wanted.scheme}://{'/'.join(filter(None, (wanted.authority, *parts)))}"
 
 
 def _listed(prefixes: Iterable[str]) -> str:

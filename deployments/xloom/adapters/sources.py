@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from xloom.adapters.copying import Readable, copy
-from xloom.adapters.inner_network import client_for
 from xloom.adapters.limits import Budget, Limits
 from xloom.adapters.source_rules import SourceRules, is_local, local_path, place
 from xloom.protocol import XloomError
@@ -143,10 +142,11 @@ def _listed(root: Path, source: str, budget: Budget) -> dict[str, Path]:
     """Each file's relative POSIX path, and where it is when all links are followed."""
 
     def entries(folder: _Local) -> Iterator[_Local]:
-        for path in folder.path.iterdir():
-            # So Kubernetes names what holds that to which the links beside it lead (its AtomicWriter, 1.34).
-            if folder.path != root or not path.name.startswith(".."):
-                yield _Local(path, Path(os.path.realpath(path)), folder.above | {folder.real})
+        with os.scandir(folder.path) as found:
+            for entry in found:
+                # So Kubernetes names what holds that to which the links beside it lead (its AtomicWriter, 1.34).
+                if folder.path != root or not entry.name.startswith(".."):
+                    yield _Local(Path(entry.path), Path(os.path.realpath(entry.path)), folder.above | {folder.real})
 
     stores = [root, *_blobs(root)]
     files: dict[str, Path] = {}
@@ -189,18 +189,13 @@ def _walk(
 
 def fetch_url(address: str, into: Path, budget: Budget) -> None:
     """Copy a folder at any fsspec URL: s3://, gs://, az://, hdfs://, memory://…"""
-    import fsspec
-
-    options: dict[str, Any] = {}
-    if address.startswith(("http://", "https://")):
-        options = {"get_client": client_for(address, inner=budget.inner), "skip_instance_cache": True}
     try:
-        filesystem, root = fsspec.core.url_to_fs(address, **options)
+        filesystem, root = _filesystem(address, budget)
     except ImportError as error:
         raise XloomError(
             "source_unsupported",
             f"Nothing installed reads {address!r}: {error}",
-            "Install it: s3fs for s3://, gcsfs for gs://, adlfs for az://.",
+            "Install it: s3fs for s3://, gcsfs for gs://, adlfs for az://, aiohttp for http://.",
         ) from None
     except ValueError as error:
         raise XloomError("source_unsupported", f"{address!r}: {error}", _CHECK_SOURCE) from None
@@ -241,9 +236,21 @@ def _found(filesystem: Any, root: str, budget: Budget) -> dict[str, int | None]:
     return {entry["name"]: entry.get("size") for entry in every if entry["type"] != "directory"}
 
 
+def _filesystem(address: str, budget: Budget) -> tuple[Any, str]:
+    """What reads an address, and the path there."""
+    import fsspec
+
+    if address.startswith(("http://", "https://")):
+        from xloom.adapters.http_folder import HttpFolder
+
+        return HttpFolder(address, budget), address
+    found: tuple[Any, str] = fsspec.core.url_to_fs(address)
+    return found
+
+
 def _opened(filesystem: Any, path: str) -> Any:
     """A file, open to be read from its start to its end."""
-    if type(filesystem).__name__ == "HTTPFileSystem":
+    if "http" in filesystem.protocol:
         return filesystem.open(path, "rb", block_size=0)  # one request, whatever the server says of ranges
     return filesystem.open(path, "rb", block_size=_READ_AHEAD)
 
@@ -270,6 +277,7 @@ def fetch_hub(address: str, into: Path, budget: Budget) -> None:
         raise _unsafe_path(address, path)
     name, folder = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
     wanted: str | None = revision or None
+    listed: dict[str, int] | None = None
     missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     try:
         try:
@@ -284,7 +292,10 @@ def fetch_hub(address: str, into: Path, budget: Budget) -> None:
             logger.info("the hub did not list %s: its local cache is tried", name, exc_info=True)
         patterns = [f"{folder}*{suffix}" for suffix in ALLOWED_SUFFIXES]
         with budget.silent():
-            snapshot = Path(huggingface_hub.snapshot_download(name, revision=wanted, allow_patterns=patterns))
+            found = huggingface_hub.snapshot_download(
+                name, revision=wanted, allow_patterns=patterns, local_files_only=listed is None
+            )  # what was not listed was not measured either
+            snapshot = Path(found)
         if not (snapshot / folder).is_dir():
             raise _not_found(address, f"the repository has no folder {folder!r}")
         _copy_below(snapshot / folder, address, into, budget)

@@ -22,6 +22,7 @@ from xloom.observability import table
 from xloom.observability.logs import configure
 from xloom.observability.recorder import RECORDER
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_key
+from xloom.settings import forget_keys
 from xloom.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class AdapterStore:
         logs: LogSettings | None = None,
         stuck_timeout_s: float = 10.0,
     ) -> None:
+        forget_keys()
         self._watchdog = Watchdog(stuck_timeout_s)
         if logs is not None:
             configure(logs, "store", "store")

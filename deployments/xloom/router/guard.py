@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
 
 from xloom.observability.logs import hide
 from xloom.protocol import XloomError
 from xloom.router.errors import App, Receive, Scope, Send, send_error
+from xloom.router.exposure import is_loopback
 from xloom.router.keys import KeyDigest, Keys
 from xloom.router.routes import Access
 
@@ -14,8 +16,8 @@ from xloom.router.routes import Access
 def refusal(wanted: Access, authorization: str, keys: Keys, *, local: bool) -> XloomError | None:
     """Why a call of a route may not pass, or None. The admin key opens every route.
 
-    Without an admin key nobody may change adapters, but where there are no keys at all and only this machine's own
-    users reach the endpoint (`local`).
+    Without an admin key nobody may change adapters, but where there are no keys at all and the call is one of this
+    machine's own users (`local`).
     """
     if wanted is Access.OPEN:
         return None
@@ -50,8 +52,21 @@ def _unknown(given: str, wanted: str) -> XloomError:
     return XloomError("invalid_api_key", what, "Send it as `Authorization: Bearer KEY`.", 401)
 
 
+def _is_of_a_page(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a web page may have sent a request from this machine's browser: as one of another origin, or by a name
+    of its own that it had lead here.
+    """
+    host = headers.get(b"host", b"").decode("latin-1")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return True
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    return not is_loopback(name) or (origin != "" and origin.partition("://")[2] != host)
+
+
 class Guard:
-    """ASGI middleware that answers what `refusal` refuses.
+    """ASGI middleware that answers what `refusal` refuses. `local`: only this machine's own users reach the endpoint.
 
     `access` says what the route that will take a request asks for; nothing within may change a request's path.
     """
@@ -69,7 +84,8 @@ class Guard:
             # Anthropic's clients send their key so.
             if not authorization and (key := headers.get(b"x-api-key")):
                 authorization = f"Bearer {key.decode('latin-1')}"
-            error = refusal(self._access(scope), authorization, self._keys, local=self._local)
+            local = self._local and not _is_of_a_page(headers)
+            error = refusal(self._access(scope), authorization, self._keys, local=local)
             if error is not None:
                 await send_error(send, error)
                 return

@@ -5,7 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import fsspec
@@ -448,3 +451,23 @@ def test_what_left_the_settings_file_goes_and_what_was_added_at_run_time_stays(o
     assert [entry.name for entry in catalog.entries()] == ["kept", "added", "claimed"]
     assert [entry.name for entry in catalog.prune([])] == ["kept", "claimed"]
     assert catalog.prune([]) == []
+
+
+def test_the_weights_of_one_source_at_a_time_are_in_memory(
+    open_catalog: Open, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xloom.mixtures import prepare
+
+    catalog, read, met, both = open_catalog(), prepare.prepare_lora, [], Barrier(2)
+
+    def reading(*arguments: Any, **options: Any) -> Any:
+        with suppress(BrokenBarrierError):
+            both.wait(1)
+            met.append(1)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(prepare, "prepare_lora", reading)
+    with ThreadPoolExecutor(2) as pool:
+        adding = [pool.submit(catalog.add, name, str(lora)) for name in ("code", "law")]
+        assert [each.result().name for each in adding] == ["code", "law"]
+    assert not met

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from xloom.adapters import inner_network, sources
 from xloom.adapters.companions import fetch_companions
-from xloom.adapters.limits import Limits
-from xloom.adapters.source_rules import SourceRules
+from xloom.adapters.copying import copy
+from xloom.adapters.http_folder import MOST_PAGE, links
+from xloom.adapters.limits import Budget, Limits
+from xloom.adapters.source_rules import SourceRules, check_prefixes
 from xloom.protocol import XloomError
 
 
@@ -106,6 +109,26 @@ def test_a_local_folder_is_allowed_by_where_it_really_is(tmp_path: Path) -> None
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "setting"),
+    [("/home/me/adapters/law", "'/home/me/adapters'"), ("/law", "'/law'"), ("other/name", "'hf://other'"),
+     ("s3://other/adapters/law", "'s3://other/adapters'"), ("http://10.0.0.5/law", "'http://10.0.0.5/law'")],
+)  # fmt: skip
+def test_a_refusal_says_what_would_allow_it(source: str, setting: str) -> None:
+    with pytest.raises(XloomError) as caught:
+        SourceRules(ALLOWED).check(source)
+    assert f"or add {setting} to store.sources" in caught.value.cure
+    SourceRules((setting.strip("'"),)).check(source)
+
+
+@pytest.mark.parametrize("prefix", ["local:///models", "s3://bucket/*", "~nobody-of-that-name/x", "https://host/?a=b"])
+def test_a_prefix_that_holds_nothing_is_refused_at_the_start(prefix: str) -> None:
+    check_prefixes(ALLOWED)
+    with pytest.raises(XloomError) as caught:
+        check_prefixes([*ALLOWED, prefix])
+    assert (caught.value.code, "store.sources" in caught.value.message) == ("invalid_settings", True)
+
+
 @pytest.mark.parametrize("named", ["../code", "/absolute"])
 def test_what_a_bundle_names_outside_itself_must_be_allowed_too(tmp_path: Path, named: str) -> None:
     folder(tmp_path / "code")
@@ -134,6 +157,30 @@ def test_deep_many_and_large_are_refused(tmp_path: Path) -> None:
     assert refused(str(tree), tmp_path / "c", SourceRules(limits=Limits(files=2))).code == "source_too_large"
     os.truncate(tree / "d/d/d/adapter_config.json", 2**40)  # sparse
     assert refused(str(tree), tmp_path / "d", SourceRules()).code == "source_too_large"
+
+
+def test_what_is_read_whole_must_be_small(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source")
+    (source / "tokenizer.json").write_bytes(bytes(5 * 2**20))  # copied and no more
+    sources.fetch(str(source), tmp_path / "into", SourceRules())
+    (source / "adapter_config.json").write_bytes(bytes(5 * 2**20))
+    error = refused(str(source), tmp_path / "none", SourceRules())
+    assert (error.code, "adapter_config.json" in error.message) == ("source_too_large", True)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source")
+    os.mkfifo(source / "adapter_model.safetensors")
+    sources.fetch(str(source), tmp_path / "into", SourceRules(limits=Limits(stall_s=2)))
+    assert [path.name for path in (tmp_path / "into").iterdir()] == ["adapter_config.json"]
+
+
+def test_weights_beyond_the_limit_are_refused_by_their_header(tmp_path: Path) -> None:
+    reader = io.BytesIO(tensor_file(1000))
+    with pytest.raises(XloomError) as caught:
+        copy(reader, tmp_path / "adapter_model.safetensors", None, Budget("x", Limits(size=500)))
+    assert caught.value.code == "source_too_large"
+    assert len(reader.read()) == 1000  # none of them was read
 
 
 class _Endless(MemoryFileSystem):
@@ -177,7 +224,7 @@ def test_weights_that_are_none_are_known_by_their_header(tmp_path: Path, content
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """A folder at /folder whose weights never end, one at /moved that leads elsewhere, and /silent."""
+    """A folder at /folder whose weights never end, /pages that never end, /moved that leads elsewhere, and /silent."""
 
     def do_GET(self) -> None:
         if self.path.startswith("/silent"):
@@ -189,6 +236,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
+        if self.path.startswith("/pages"):
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self._without_end(b"<a " + bytes(2**16))
+            return
         if not self.path.endswith(".safetensors"):
             body = b'<a href="/folder/adapter_model.safetensors">weights</a>'
             self.send_header("Content-Type", "text/html")
@@ -198,12 +250,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.end_headers()
         self.server.asked.append(self.path)  # type: ignore[attr-defined]
-        try:
-            self.wfile.write(tensor_file(2**20))
+        self.wfile.write(tensor_file(2**20))
+        self._without_end(bytes(2**16))
+
+    def _without_end(self, piece: bytes) -> None:
+        with suppress(OSError):
             while not self.server.released.is_set():  # type: ignore[attr-defined]
-                self.wfile.write(bytes(2**16))
-        except OSError:
-            pass
+                self.wfile.write(piece)
+                self.server.sent += len(piece)  # type: ignore[attr-defined]
 
     do_HEAD = do_GET
 
@@ -214,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving() -> Iterator[tuple[str, Any]]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.released, server.asked = threading.Event(), []
+    server.released, server.asked, server.sent = threading.Event(), [], 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", server
@@ -229,6 +283,25 @@ def test_a_file_without_an_end_is_read_as_far_as_its_header_says(tmp_path: Path)
         error = refused(f"{url}/folder", tmp_path / "into", SourceRules((url,)))
     assert (error.code, "more come" in error.message) == ("broken_adapter", True)
     assert (tmp_path / "into" / "adapter_model.safetensors").stat().st_size < 2**22
+
+
+def test_a_page_without_an_end_is_read_so_far_and_no_further(tmp_path: Path) -> None:
+    with serving() as (url, server):
+        assert refused(f"{url}/pages", tmp_path / "into", SourceRules((url,))).code == "source_too_large"
+        assert server.sent < MOST_PAGE + 2**24  # beside what lies in the kernel's buffers
+
+
+def test_a_pages_links_are_those_below_it() -> None:
+    page = """<a href="?C=N;O=D">Name</a> <a href="../">up</a> <A class=x HREF = 'a.json'> <a href="/f/sub/">
+    <a href="http://h/f/b.json"> <a href="http://h.evil/f/c.json"> <a href="sub/../../d.json"> <a href="a.json">"""
+    assert links(page, "http://h/f") == ["http://h/f/a.json", "http://h/f/sub/", "http://h/f/b.json"]
+
+
+@pytest.mark.parametrize("piece", ["<a ", " ", "href ", "href = ", "href='", "href='x"])
+def test_links_are_found_in_a_time_that_grows_with_the_page(piece: str) -> None:
+    began = time.monotonic()
+    links("<a " + piece * (MOST_PAGE // len(piece)), "http://h/f")
+    assert time.monotonic() - began < 10
 
 
 def test_a_source_that_never_answers_is_given_up(tmp_path: Path) -> None:
@@ -252,7 +325,8 @@ def test_the_inner_network_is_reached_by_name_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "public"),
     [("8.8.8.8", True), ("10.1.2.3", False), ("169.254.169.254", False), ("::1", False), ("fe80::1%eth0", False),
-     ("::ffff:10.0.0.1", False), ("100.64.0.1", False), ("2606:4700::1111", True)],
+     ("::ffff:10.0.0.1", False), ("100.64.0.1", False), ("2606:4700::1111", True), ("64:ff9b::a00:1", False),
+     ("64:ff9b::808:808", True), ("2002:a00:1::", False), ("224.0.0.1", False)],
 )  # fmt: skip
 def test_addresses_are_told_apart(address: str, public: bool) -> None:
     assert inner_network._is_public(address) is public

@@ -170,7 +170,8 @@ def test_a_hub_repository_is_copied_from_its_snapshot(tmp_path: Path, monkeypatc
     sources.fetch("org/name@main", tmp_path / "into")
     assert names_in(tmp_path / "into") == KEPT
     assert not any(path.is_symlink() for path in (tmp_path / "into").rglob("*"))
-    assert calls == [{"name": "org/name", "revision": "abc", "allow_patterns": ["*.json", "*.safetensors"]}]
+    wanted = {"allow_patterns": ["*.json", "*.safetensors"], "local_files_only": False}
+    assert calls == [{"name": "org/name", "revision": "abc"} | wanted]
 
 
 def test_a_hub_that_is_down_gives_what_its_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +184,7 @@ def test_a_hub_that_is_down_gives_what_its_cache_has(tmp_path: Path, monkeypatch
     sources.fetch("org/name", tmp_path / "into")
     assert names_in(tmp_path / "into") == KEPT
     assert calls[0]["revision"] is None
+    assert calls[0]["local_files_only"] is True  # of what was not listed nobody knows the size
 
 
 @pytest.mark.parametrize("kind", ["RepositoryNotFoundError", "GatedRepoError"])

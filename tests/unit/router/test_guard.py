@@ -83,7 +83,7 @@ async def stranger() -> str:
     return "a stranger's"
 
 
-def client(root_path: str = "") -> httpx.AsyncClient:
+def client(root_path: str = "", keys: Keys | None = None, host: str = "router") -> httpx.AsyncClient:
     """An application with routes of its own, of vLLM's and of nobody's, behind the guard."""
     app = FastAPI(root_path=root_path)
     app.add_api_route("/v1/load_lora_adapter", stranger, methods=["POST"])
@@ -92,9 +92,9 @@ def client(root_path: str = "") -> httpx.AsyncClient:
     app.add_api_route("/health", handler, methods=["GET"])
     app.add_api_route("/v1/responses/{response_id}", handler, methods=["GET"])
     keep_listed(app)
-    keys = Keys(digest(API), digest(ADMIN))
+    keys = keys or Keys(digest(API), digest(ADMIN))
     guarded: Any = CodedErrors(Guard(app, partial(access, app), keys, local=True))
-    return httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://router")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url=f"http://{host}")
 
 
 PATHS = [
@@ -137,3 +137,17 @@ async def test_routes_ask_for_what_the_list_says() -> None:
         assert (await http.get("/v1/load_lora_adapter")).status_code == 401  # another method of it
         assert (await http.post("/v1/completions", headers={"x-api-key": API})).status_code == 200
     assert ROUTES["/v1/unload_lora_adapter"] is Access.ADMIN
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [("127.0.0.1:8000", None, 200), ("[::1]:8000", None, 200), ("localhost", "http://localhost", 200),
+     ("127.0.0.1:8000", "https://page.example", 403), ("127.0.0.1:8000", "null", 403),
+     ("127.0.0.1:8000", "http://127.0.0.1:3000", 403), ("page.example", None, 403),
+     ("page.example", "http://page.example", 403)],
+)  # fmt: skip
+async def test_without_keys_no_web_page_changes_adapters(host: str, origin: str | None, status: int) -> None:
+    headers = {"Origin": origin} if origin else {}
+    async with client(keys=Keys(), host=host) as http:
+        assert (await http.post("/v1/load_lora_adapter", headers=headers)).status_code == status
+        assert (await http.post("/v1/completions", headers=headers)).status_code == 200
