@@ -27,7 +27,7 @@ def links(page: str, url: str) -> list[str]:
     return [link for link in found if link.startswith(folder) and link != folder]
 
 
-class HttpFolder(HTTPFileSystem):  # type: ignore[misc]
+class HttpFolder(HTTPFileSystem):
     """fsspec's file system of one source, within its limits."""
 
     cachable = False

@@ -199,6 +199,7 @@ def fetch_url(address: str, into: Path, budget: Budget) -> None:
         ) from None
     except ValueError as error:
         raise XloomError("source_unsupported", f"{address!r}: {error}", _CHECK_SOURCE) from None
+    ahead = 0 if _is_http(address) else _READ_AHEAD  # 0: one request, whatever the server says of ranges
     try:
         filesystem.invalidate_cache()  # listings are cached for the process's life: a source may have changed
         found = _found(filesystem, root, budget)
@@ -208,7 +209,7 @@ def fetch_url(address: str, into: Path, budget: Budget) -> None:
         for name in select(
             {path.removeprefix(prefix): size or 0 for path, size in found.items()}, address, budget.limits
         ):
-            with _opened(filesystem, prefix + name) as file:
+            with filesystem.open(prefix + name, "rb", block_size=ahead) as file:
                 copy(cast(Readable, file), into / name, found[prefix + name], budget)
     except XloomError:
         raise
@@ -236,23 +237,20 @@ def _found(filesystem: Any, root: str, budget: Budget) -> dict[str, int | None]:
     return {entry["name"]: entry.get("size") for entry in every if entry["type"] != "directory"}
 
 
+def _is_http(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
+
+
 def _filesystem(address: str, budget: Budget) -> tuple[Any, str]:
     """What reads an address, and the path there."""
     import fsspec
 
-    if address.startswith(("http://", "https://")):
+    if _is_http(address):
         from xloom.adapters.http_folder import HttpFolder
 
         return HttpFolder(address, budget), address
     found: tuple[Any, str] = fsspec.core.url_to_fs(address)
     return found
-
-
-def _opened(filesystem: Any, path: str) -> Any:
-    """A file, open to be read from its start to its end."""
-    if "http" in filesystem.protocol:
-        return filesystem.open(path, "rb", block_size=0)  # one request, whatever the server says of ranges
-    return filesystem.open(path, "rb", block_size=_READ_AHEAD)
 
 
 # The Hugging Face hub.

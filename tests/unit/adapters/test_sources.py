@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +56,26 @@ def test_an_fsspec_url_gives_the_same_files(tmp_path: Path) -> None:
     finally:
         memory.rm("/bucket", recursive=True)
     assert names_in(tmp_path / "into") == KEPT
+
+
+def test_a_folder_of_an_http_server_gives_the_same_files(tmp_path: Path) -> None:
+    handler = partial(_Quiet, directory=str(make_source(tmp_path / "source")))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        try:
+            sources.fetch(url, tmp_path / "into")
+            sources.fetch(f"{url}/0/", tmp_path / "inner")
+        finally:
+            server.shutdown()
+    assert names_in(tmp_path / "into") == KEPT
+    assert (tmp_path / "into/0/adapter_model.safetensors").read_bytes() == weights(5)
+    assert names_in(tmp_path / "inner") == {"adapter_model.safetensors"}
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
