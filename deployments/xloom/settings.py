@@ -83,6 +83,13 @@ class EngineSettings(_Section):
     max_lora_rank: Literal["auto"] | Rank = "auto"  # a bundle's rank is the sum of its adapters' ranks
     extra_args: dict[str, Any] = {}  # any other engine argument, passed through
 
+    @field_validator("extra_args")
+    @classmethod
+    def _no_secret(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(arguments.get("hf_token"), str):
+            raise ValueError("hf_token would lie in clear with the deployment: set HF_TOKEN where Ray runs")
+        return arguments
+
 
 class IsqSettings(_Section):
     """In-situ quantisation of the base model's weights at load; the names and defaults of ADR-008's `IsqConfig`."""
@@ -167,7 +174,8 @@ class RouterSettings(_Section):
     port: int = Field(8000, ge=0, le=65535)
     replicas: int = Field(1, ge=1)
     api_key: SecretStr | None = None  # or XLOOM_API_KEY
-    admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; guards the adapter routes
+    admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; without it nobody changes adapters
+    allow_anonymous: bool = False  # start without an API key at an address that others reach
     front_end_args: dict[str, Any] = {}  # options of vLLM's OpenAI front end: chat_template, tool_call_parser, ...
     limits: LimitSettings = LimitSettings()
 
@@ -182,12 +190,33 @@ class RouterSettings(_Section):
         return key
 
 
+class SourceLimits(_Section):
+    """The most that one source may bring in."""
+
+    files: int = Field(2000, ge=1)
+    bytes: int = Field(8 * 2**30, ge=1)  # of all its files
+    depth: int = Field(8, ge=0)  # folders in folders
+    seconds: float = Field(600, gt=0)
+    stall_s: float = Field(30, gt=0)  # seconds without a byte
+
+
 class StoreSettings(_Section):
-    """The adapter store's folders."""
+    """The adapter store's folders, and what may be added to it at run time."""
 
     path: str = "~/.cache/xloom/store"  # manifest and prepared adapters; must outlive the actor
     cache: str = "~/.cache/xloom/nodes"  # node-local copies
     max_rank: Rank = 256  # of one adapter, or of a bundle's sum
+    # Prefixes of sources that may be added at run time, beside those that `adapters` and `xlora` name.
+    sources: list[str] = ["hf://"]
+    limits: SourceLimits = SourceLimits()
+
+    @field_validator("sources")
+    @classmethod
+    def _prefixes(cls, prefixes: list[str]) -> list[str]:
+        for prefix in prefixes:
+            if not prefix.startswith(("/", "~")) and re.match(r"[a-z][a-z0-9+.-]*://", prefix) is None:
+                raise ValueError(f"{prefix!r} is neither a folder (/… or ./…) nor a URL (hf://org, s3://bucket/path)")
+        return prefixes
 
 
 class LogSettings(_Section):
@@ -330,6 +359,12 @@ def parse_settings(data: dict[str, Any], *, with_keys: bool = True, folder: Path
 def _secret(variable: str) -> SecretStr | None:
     value = os.environ.get(variable)
     return SecretStr(value) if value else None
+
+
+def forget_keys() -> None:
+    """Take the endpoint's keys out of this process's environment, so that what it starts does not get them."""
+    for variable in ("XLOOM_API_KEY", "XLOOM_ADMIN_KEY"):
+        os.environ.pop(variable, None)
 
 
 def client_key() -> str | None:

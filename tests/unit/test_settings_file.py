@@ -157,5 +157,16 @@ def test_local_paths_are_taken_from_the_files_own_folder(tmp_path: Path) -> None
     assert loaded(tmp_path, "isq: {calibration: some/dataset}").isq.calibration == "some/dataset"  # type: ignore[union-attr]
 
 
+def test_a_source_without_a_dot_is_a_folder_where_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "law").mkdir(parents=True)
+    settings = loaded(
+        tmp_path,
+        "adapters: [{name: a, source: adapters/law}, {name: b, source: adapters/code}]\n"
+        "store: {sources: [adapters, ./more, 'hf://org', /data]}\n",
+    )
+    assert [each.source for each in settings.adapters] == [str(tmp_path / "adapters" / "law"), "adapters/code"]
+    assert settings.store.sources == [str(tmp_path / "adapters"), str(tmp_path / "more"), "hf://org", "/data"]
+
+
 def test_a_key_that_is_named_as_a_kind_is_unknown(tmp_path: Path) -> None:
     assert "unknown key 'engine.int'" in refused(tmp_path, "engine: {int: 5}").message

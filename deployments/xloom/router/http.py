@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
+from xloom.adapters.source_rules import SourceRules
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.dispatch import Dispatcher
 from xloom.router.manifest_watch import ManifestWatch
@@ -34,6 +35,7 @@ class Store(Protocol):
         max_rank: int | None = None,
         verify: bool = False,
         mixtures: bool = True,
+        rules: SourceRules | None = None,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
     async def revert(self, name: str, generation: str) -> Entry | None: ...
@@ -79,6 +81,7 @@ class Control:
     dispatcher: Dispatcher
     manifest: ManifestWatch
     store: Store
+    rules: SourceRules  # for what is added at run time
     mixtures: bool = True  # whether the engines serve X-LoRA bundles
 
     async def add(self, wanted: LoadAdapter) -> Entry:
@@ -93,6 +96,7 @@ class Control:
             max_rank=self.max_lora_rank,
             verify=wanted.verify,
             mixtures=self.mixtures,
+            rules=self.rules,
         )
         try:
             timeout_s = VERIFIED_TIMEOUT_S if entry.verify else RESIDENT_TIMEOUT_S

@@ -38,7 +38,7 @@ async def listening(**limits: Any) -> AsyncIterator[HttpListener]:
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         await (app if scope.get("path") == "/refused" else limited)(scope, receive, send)
 
-    listener = HttpListener(guarded, "127.0.0.1", 0, settings)
+    listener = HttpListener(guarded, "127.0.0.1", 0, "mine", settings)
     await listener.start()
     try:
         yield listener

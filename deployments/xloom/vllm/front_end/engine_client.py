@@ -43,7 +43,7 @@ class RequestError(GracefulHTTPError):
 
 # Engine arguments in `engine.extra_args` that the front end needs as well.
 _SHARED_ARGS = frozenset(
-    {"tokenizer", "tokenizer_mode", "trust_remote_code", "tokenizer_revision", "generation_config", "max_logprobs",
+    {"tokenizer", "tokenizer_mode", "tokenizer_revision", "reasoning_parser", "generation_config", "max_logprobs",
      "override_generation_config", "hf_config_path", "hf_token", "skip_tokenizer_init", "code_revision"}
 )  # fmt: skip
 
@@ -58,6 +58,7 @@ def engine_args(settings: Settings) -> dict[str, Any]:
         "max_model_len": settings.engine.max_model_len,
         "dtype": settings.engine.dtype,
         **shared,
+        "trust_remote_code": False,  # here too no code from a model's repository is run
     }
 
 
