@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 CORE_TESTS = (
     "tests/unit/test_cli.py",
     "tests/unit/test_settings.py",
-    "tests/unit/test_wire.py",
+    "tests/unit/wire",
     "tests/unit/autoscaling",
     "tests/unit/engines/test_kv_size.py",
     "tests/unit/engines/test_registry.py",

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
+from xloom.protocol import NO_OVERRIDES, Overrides
 from xloom.settings import SAMPLE
 
 from .machine import machine
@@ -92,22 +94,38 @@ def write_bundle(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
 
 
 def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> dict[str, tuple[str, str]]:
-    """What replicas load, by kind: name and folder."""
+    """What replicas load, by name: kind and folder. The plain adapter is of the mixtures' rank."""
     linears = linear_modules(str(model))
     hidden = json.loads((model / "config.json").read_text())["hidden_size"]
-    prepare_bundle(
-        bundle, linears, out / "blend", hidden_size=hidden,
-        max_rank=256, root=bundle.parent,
-    )  # fmt: skip
+    for name, overrides in {"mixture": NO_OVERRIDES, "single": Overrides(routing_passes=1)}.items():
+        prepare_bundle(
+            bundle, linears, out / name, hidden_size=hidden, max_rank=256, root=bundle.parent, overrides=overrides
+        )
     prepare_lora(adapter, linears, out / "adapter", max_rank=256)
-    return {"xlora": ("mixture", str(out / "blend")), "lora": ("adapter", str(out / "adapter"))}
+    return {
+        "mixture": ("xlora", str(out / "mixture")),
+        "single": ("xlora", str(out / "single")),
+        "adapter": ("lora", str(out / "adapter")),
+    }
+
+
+def as_before(adapters: dict[str, tuple[str, str]], out: Path) -> dict[str, tuple[str, str]]:
+    """The same for a version that does not know of routing in one pass."""
+    found = {name: given for name, given in adapters.items() if name != "single"}
+    kind, folder = found["mixture"]
+    shutil.copytree(folder, out)
+    description = json.loads((out / "xlora.json").read_text())
+    for key in ("routing_passes", "prefill"):
+        del description["routing"][key]
+    (out / "xlora.json").write_text(json.dumps(description))
+    return found | {"mixture": (kind, str(out))}
 
 
 class Engine:
     """A process of `benchmarks.rows_engine`, with the package from one folder."""
 
     def __init__(self, name: str, package: Path, options: dict[str, Any]) -> None:
-        self.name = name
+        self.name, self.adapters = name, options["adapters"]
         path = os.pathsep.join([str(package), str(ROOT)])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.rows_engine", json.dumps(options)],
@@ -142,22 +160,22 @@ class Engine:
 Found = dict[str, dict[str, dict[str, list[float]]]]  # engine -> case -> figure -> one value a round
 
 
-def measure(
-    engines: list[Engine],
-    base: dict[str, int],
-    cases: dict[str, dict[str, int]],
-    rounds: int,
-    *,
-    prompt: int,
-    new: int,
-    label: str,
-) -> Found:
-    """Each case right after the base model alone, whose figures are kept beside it as `base: FIGURE`."""
+class Case(NamedTuple):
+    """A burst, by kind of request, and the one it is held against, which runs right before it."""
+
+    kinds: dict[str, int]
+    against: dict[str, int]
+
+
+def measure(engines: list[Engine], cases: dict[str, Case], rounds: int, *, prompt: int, new: int, label: str) -> Found:
+    """Each case, with the figures of what it is held against kept beside its own as `against: FIGURE`."""
     found: Found = {engine.name: {} for engine in engines}
     for turn in track(range(-1, rounds), label, console=console):
-        for case, kinds in cases.items():
+        for case, (kinds, against) in cases.items():
             for engine in engines if turn % 2 else reversed(engines):
-                alone = engine.run(kinds=base, prompt=prompt, new=new if turn >= 0 else 8, seed=turn)
+                if not {*kinds} - {"base"} <= {*engine.adapters}:
+                    continue
+                alone = engine.run(kinds=against, prompt=prompt, new=new if turn >= 0 else 8, seed=turn)
                 answer = engine.run(kinds=kinds, prompt=prompt, new=new if turn >= 0 else 8, seed=turn)
                 if turn < 0:
                     continue
@@ -165,48 +183,50 @@ def measure(
                 for figure, value in answer.items():
                     figures.setdefault(figure, []).append(value)
                 for figure, value in alone.items():
-                    figures.setdefault(f"base: {figure}", []).append(value)
+                    figures.setdefault(f"against: {figure}", []).append(value)
     return found
 
 
-def beside(total: int) -> dict[str, dict[str, int]]:
-    """The cases: each kind alone, and base rows beside 1 and 4 of the mixture."""
+def cases_of(total: int) -> dict[str, Case]:
+    """Each kind alone, and base rows beside 1 and 4 of the mixture."""
+    base = {"base": total}
     return {
-        "adapter": {"adapter": total},
-        "mixture": {"mixture": total},
-        "base beside 1": {"base": total - 1, "mixture": 1},
-        "base beside 4": {"base": total - 4, "mixture": 4},
+        "adapter": Case({"adapter": total}, base),
+        "mixture": Case({"mixture": total}, base),
+        "base beside 1": Case({"base": total - 1, "mixture": 1}, base),
+        "base beside 4": Case({"base": total - 4, "mixture": 4}, base),
+        "single": Case({"single": total}, {"adapter": total}),
     }
 
 
-def table(title: str, found: Found, rounds: int) -> dict[str, Any]:
-    """A row a case: tokens/s, and against the base model alone in the same engine just before."""
+def table(title: str, found: Found, cases: dict[str, Case], rounds: int) -> dict[str, Any]:
+    """A row a case: tokens/s, and against what ran in the same engine just before."""
     rows = []
-    for name, cases in found.items():
-        for case, figures in cases.items():
-            kind = "base" if case.startswith("base") else case
+    for name, measured in found.items():
+        for case, figures in measured.items():
+            kind, [other] = next(iter(cases[case].kinds)), cases[case].against
 
             def ratio(figure: str, against: str, of: dict[str, list[float]] = figures) -> str:
-                pairs = zip(of[figure], of[f"base: {against}"], strict=True)
+                pairs = zip(of[figure], of[f"against: {against}"], strict=True)
                 return f"{statistics.median(one / other for one, other in pairs):.2f}"
 
             rows.append(
                 [
                     name,
                     case,
-                    round(statistics.median(figures["base: all"])),
+                    f"{other}: {statistics.median(figures['against: all']):,.0f}",
                     round(statistics.median(figures["all"])),
                     ratio("all", "all"),
-                    ratio(f"row {kind}", "row base"),
+                    ratio(f"row {kind}", f"row {other}"),
                     round(statistics.median(figures[f"first {kind}"])),
-                    ratio(f"first {kind}", "first base"),
+                    ratio(f"first {kind}", f"first {other}"),
                 ]
             )
     columns = [
-        "version", "case", "base alone, tokens/s", "tokens/s", "÷ base", "a row's decoding ÷ base",
-        "first token (ms)", "÷ base",
+        "version", "case", "against, tokens/s", "tokens/s", "ratio", "a row's decoding, ratio", "first token (ms)",
+        "ratio",
     ]  # fmt: skip
-    notes = f"Medians of {rounds} rounds, engines in turn, each case right after the base model alone."
+    notes = f"Medians of {rounds} rounds, engines in turn, each case right after what it is held against."
     return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
@@ -238,24 +258,27 @@ def main() -> None:
                 model, bundle, adapter = SAMPLE / "base", SAMPLE / "blend", SAMPLE / "adapters" / "code"
                 total, new, vocabulary, extra = 48, 96, 4000, {}
             (work / which).mkdir()
+            adapters = prepared(bundle, adapter, model, work / which)
             options = {
                 "model": str(model), "xlora": True, "rank": EXPERTS * RANK, "vocabulary": vocabulary,
-                "adapters": prepared(bundle, adapter, model, work / which),
+                "adapters": adapters,
                 "engine": {
                     "dtype": "float32", "max_num_seqs": 64, "max_model_len": 1024, "max_adapters": 4,
                     "extra_args": extra,
                 },
             }  # fmt: skip
-            engines = [Engine(name, package, options) for name, package in packages.items()]
+            before = options | {"adapters": as_before(adapters, work / which / "before")}
+            engines = [
+                Engine(name, package, before if name == "before" else options) for name, package in packages.items()
+            ]
+            cases = cases_of(total)
             try:
-                found = measure(
-                    engines, {"base": total}, beside(total), arguments.rounds, prompt=128, new=new, label=which
-                )
+                found = measure(engines, cases, arguments.rounds, prompt=128, new=new, label=which)
             finally:
                 for engine in engines:
                     engine.close()
             title = "a model of 200 M parameters" if which == "large" else "the sample"
-            tables.append(table(f"Rows of a mixture, {total} sessions on {title}", found, arguments.rounds))
+            tables.append(table(f"Rows of a mixture, {total} sessions on {title}", found, cases, arguments.rounds))
             raw[which] = found
     result = {"name": "rows", "machine": machine(), "tables": tables, "raw": raw}
     if arguments.json:

@@ -93,7 +93,7 @@ async def serve(options: dict[str, Any]) -> None:
     model = ModelSettings(source=options["model"])
     backend = await load_backend("vllm").load(model, engine, xlora=options["xlora"], max_lora_rank=options["rank"])
     refs: dict[str, AdapterRef | None] = {"base": None}
-    for kind, (name, folder) in options["adapters"].items():
+    for name, (kind, folder) in options["adapters"].items():
         refs[name] = AdapterRef(name, "bench", kind)
         await backend.add_adapter(refs[name], Path(folder))
     driver = Driver(backend)

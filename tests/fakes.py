@@ -27,7 +27,9 @@ class FakeBackend(LLMBackend):
         self.tokens: dict[str, list[int]] = {}
         self.adapters: dict[str, AdapterRef] = {}
         self.aborted: list[str] = []
-        self.refused: dict[str, XloomError] = {}  # adapter name -> the error its load raises
+        self.refused: dict[str, Exception] = {}  # adapter name -> the error its load raises
+        self.tries: list[str] = []  # names of adapters, as their loads began
+        self.removing: asyncio.Event | None = None  # a removal waits for it
         self.max_running = 1 << 30
         self.closed = False
         self._death: BaseException | None = None
@@ -104,11 +106,14 @@ class FakeBackend(LLMBackend):
         return EngineStats(running, len(self.requests) - running, used, self.pages, adapters=sorted(self.adapters))
 
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
+        self.tries.append(ref.name)
         if ref.name in self.refused:
             raise self.refused[ref.name]
         self.adapters[ref.key] = ref
 
     async def remove_adapter(self, ref: AdapterRef) -> None:
+        if self.removing is not None:
+            await self.removing.wait()
         self.adapters.pop(ref.key, None)
 
     async def check_health(self) -> None:

@@ -11,7 +11,7 @@ from xloom.adapters.manifest import Entry
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
 from xloom.observability.logs import serve_logging
-from xloom.protocol import Overrides
+from xloom.protocol import Overrides, XloomError
 from xloom.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -100,6 +100,28 @@ def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: P
     return router.bind(engines, settings, token, max_lora_rank, store, open_front_end)
 
 
+def for_stored(settings: Settings, entries: tuple[Entry, ...]) -> Settings:
+    """The settings with which what is in the store is served: `enable_xlora: auto` counts its bundles too.
+
+    Raises `XloomError`, unsupported_by_backend among others, for bundles that would not be served.
+    """
+    bundles = ", ".join(repr(entry.name) for entry in entries if entry.kind == "xlora")
+    if not bundles or settings.xlora_enabled:
+        return settings
+    cure = "Remove them with the earlier settings (xloom adapters remove), or set another store.path."
+    if settings.engine.enable_xlora != "auto":
+        message = f"The store holds the X-LoRA bundles {bundles}, and engine.enable_xlora is false."
+        raise XloomError("unsupported_by_backend", message, f"Set it to auto. {cure}")
+    engine = settings.engine.model_copy(update={"enable_xlora": True})
+    settings = settings.model_copy(update={"engine": engine})
+    try:
+        backend_for(settings)
+    except XloomError as error:
+        message = f"The store holds the X-LoRA bundles {bundles}. {error.message}"
+        raise XloomError(error.code, message, f"{error.cure} {cure}", error.status) from None
+    return settings
+
+
 async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, ...]]:
     """The adapter store with the settings' adapters and bundles in it. Raises `XloomError`."""
     from xloom.adapters.client import open_store
@@ -112,12 +134,16 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
         base_revision=settings.model.revision,
         namespace=NAMESPACE,
         logs=settings.observability.logs,
+        stuck_timeout_s=settings.replicas.stuck_timeout_s,
     )
     for adapter in settings.adapters:
-        await store.add(adapter.name, adapter.source, "lora", replace=True, verify=adapter.verify)
+        await store.add(adapter.name, adapter.source, "lora", replace=True, verify=adapter.verify, configured=True)
     for bundle in settings.xlora:
         overrides = Overrides.of(bundle)
-        await store.add(bundle.name, bundle.source, "xlora", overrides, replace=True, verify=bundle.verify)
+        await store.add(
+            bundle.name, bundle.source, "xlora", overrides, replace=True, verify=bundle.verify, configured=True
+        )
+    await store.prune([entry.name for entry in (*settings.adapters, *settings.xlora)])
     return store, await store.entries()
 
 
@@ -130,4 +156,5 @@ def application(args: dict[str, Any]) -> Application:
     backend_for(settings)
     traces.require(settings.observability.traces)
     store, entries = asyncio.run(open_adapters(settings))
+    settings = for_stored(settings, entries)
     return build(settings, store, lora_rank(settings, entries), Placing(settings.replicas.cpus, loopback=False))

@@ -246,6 +246,12 @@ def _show_error(error: XloomError, *, as_json: bool) -> None:
         console.print(escape(error.cure), soft_wrap=True)
 
 
+def _path_error(error: OSError) -> XloomError:
+    """A file or folder that was named and can't be used: no permission, a folder for a file, a full disk."""
+    cure = "See to its permissions and its kind, or name another."
+    return XloomError("path_unusable", f"{error.filename} can't be used: {error.strerror}.", cure)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command: 0 when it worked, 2 on an error, 130 when interrupted; `doctor` and `check` add 1."""
     arguments = build_parser().parse_args(argv)
@@ -266,6 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             as_json=arguments.json,
         )
+        return FAILED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _show_error(_path_error(error), as_json=arguments.json)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

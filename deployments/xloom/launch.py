@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from xloom.adapters.manifest import Entry
-from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, lora_rank, open_adapters
-from xloom.engines.registry import backend_for
-from xloom.observability import traces
+from xloom.app import APP_NAME, NAMESPACE, ROUTER_CPUS, Placing, build, for_stored, lora_rank, open_adapters
 from xloom.observability.logs import serve_logging
+from xloom.preflight import refuse
 from xloom.processes import end_marked
 from xloom.protocol import XloomError
-from xloom.settings import ModelSettings, Settings
+from xloom.settings import Settings
+from xloom.stages import Stages
 from xloom.start import start
 
 if TYPE_CHECKING:
@@ -138,21 +138,11 @@ class Cluster:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def check_model(model: ModelSettings) -> None:
-    """Raise `XloomError` (model_not_loadable) for a local folder without a model: sooner than an engine would."""
-    if Path(model.source).is_absolute() and not (Path(model.source) / "config.json").is_file():
-        raise XloomError(
-            "model_not_loadable",
-            f"There is no model at {model.source}: it has no config.json.",
-            "Name a local folder with config.json and safetensors, or a hub id.",
-        )
-
-
 def serve_forever(settings: Settings) -> None:
     """Serve until interrupted, then stop all that was started. Raises `XloomError`."""
-    check_model(settings.model)
-    backend_for(settings)  # refuses what can't be served before anything starts
-    traces.require(settings.observability.traces)
+    with Stages(console) as stages:
+        stages.begin("Checking settings")
+        refuse(settings)
     stop = threading.Event()
     previous = {
         each: signal.signal(each, lambda number, frame: _interrupt(stop, frame))
@@ -160,11 +150,13 @@ def serve_forever(settings: Settings) -> None:
     }
     cluster, store = Cluster(settings), None
     try:
-        with console.status("Starting Ray") as status:
+        with Stages(console) as stages:
+            stages.begin("Starting Ray")
             cluster.start()
-            status.update("Preparing adapters")
+            stages.begin("Preparing adapters")
             store, entries = asyncio.run(open_adapters(settings))
-            port = _deploy(settings, store, entries, cluster, status, stop)
+            settings = for_stored(settings, entries)
+            port = _deploy(settings, store, entries, cluster, stages, stop)
         if not stop.is_set():
             _greet(settings, entries, port)
             stop.wait()
@@ -195,7 +187,7 @@ def _deploy(
     store: StoreClient,
     entries: tuple[Entry, ...],
     cluster: Cluster,
-    status: Any,
+    stages: Stages,
     stop: threading.Event,
 ) -> int:
     """Start the application and wait until it can answer; returns the port it listens on."""
@@ -206,11 +198,11 @@ def _deploy(
     logging_config = serve_logging(settings.observability.logs) | {"log_level": "WARNING"}
     serve.start(proxy_location="Disabled", logging_config=logging_config)
     application = build(settings, store, lora_rank(settings, entries), cluster.placing)
-    status.update(f"Loading {settings.model.source}")
+    stages.begin(f"Starting router and engines, {settings.model.source}")
     return start(
         application,
         settings,
-        waiting=lambda seconds: status.update(f"Waiting for a replica ({seconds:.0f} s)"),
+        waiting=lambda seconds: stages.still(),
         is_stopped=stop.is_set,
     )
 

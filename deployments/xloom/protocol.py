@@ -1,11 +1,13 @@
 """The messages between router and replica, and the errors every part of xloom raises.
 
-Frames are msgpack, each behind a four-byte big-endian length. A router opens one connection to each
-replica; over it go submissions and aborts one way, and one `Step` for each engine step the other way.
+Frames are msgpack. A router opens one connection to each replica, on which both first prove that they know the
+deployment's token (`wire/greeting.py`); then submissions and aborts go one way, and one `Step` for each engine step the
+other way.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgspec
@@ -34,6 +36,11 @@ def split_adapter_key(key: str) -> tuple[str, str]:
     """The name and the generation in an `adapter_key`; text without a generation is a name, with ""."""
     name, separator, generation = key.rpartition("@")
     return (name, generation) if separator else (key, "")
+
+
+def adapter_number(key: str) -> int:
+    """The positive 31-bit number that any process derives alike from an `adapter_key`; two keys may share one."""
+    return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF) or 1
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -90,6 +97,16 @@ class Logprobs(msgspec.Struct, array_like=True, omit_defaults=True):
     logprobs: list[list[float]]
     ranks: list[int]  # rank of the sampled token, from 1
 
+    def part(self, start: int, end: int) -> Logprobs:
+        """The rows from one token to another."""
+        return Logprobs(self.token_ids[start:end], self.logprobs[start:end], self.ranks[start:end])
+
+    def extend(self, more: Logprobs) -> None:
+        """Rows after these."""
+        self.token_ids += more.token_ids
+        self.logprobs += more.logprobs
+        self.ranks += more.ranks
+
 
 class TokenChunk(msgspec.Struct, array_like=True, omit_defaults=True):
     """The new tokens of one request in one engine step."""
@@ -142,31 +159,61 @@ class MixtureFigures(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """The first frame of a connection; the replica closes it when the token is wrong."""
+    """The first frame of a connection. Later versions may add fields, and change the rest of the protocol."""
 
-    token: str
+    protocol: str  # `wire.greeting.PROTOCOL`
     router_id: str
+    nonce: bytes
+
+
+class Proof(msgspec.Struct, frozen=True, tag="proof"):
+    """That the router knows the token."""
+
+    proof: bytes
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    request: TokenRequest
+    request_id: str  # what the request is called here
+    body: bytes  # a `TokenRequest` (`wire.requests`), opaque here: one that can't be read fails alone
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_ids: list[str]
 
 
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """The router is there."""
+
+
 # Replica to router.
 
 
-class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
+    """The answer to `Hello`: that the replica knows the token, and what the router has to prove."""
+
     replica_id: str
+    nonce: bytes
+    proof: bytes
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The answer to a `Hello` of another version."""
+
+    protocol: str  # the replica's own
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
     """The chunks of one engine step for all requests of one router."""
 
     chunks: list[TokenChunk]
+
+
+class Rows(msgspec.Struct, frozen=True, tag="rows"):
+    """Log-probabilities of a chunk that is too large for one frame; the chunk follows, and the rest of them."""
+
+    request_id: str
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag="failed"):
@@ -187,5 +234,5 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     draining: bool = False
 
 
-RouterFrame = Hello | Submit | Abort
-ReplicaFrame = Welcome | Step | RequestFailed | Report
+RouterFrame = Submit | Abort | Ping
+ReplicaFrame = Step | Rows | RequestFailed | Report

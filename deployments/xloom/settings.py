@@ -4,24 +4,51 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from xloom.protocol import XloomError
+from xloom.settings_file import read_settings_file, with_paths, with_variables
 
 SAMPLE = Path(__file__).parent / "sample"
+GREATEST = 2**31 - 1  # of any whole number here
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # no path parts, by construction
 
 MixingMode = Literal["additive", "concatenate", "gated"]
 IsqMethod = Literal["awq", "gptq", "rtn", "smoothquant"]
+Rank = Annotated[int, Field(ge=1, le=512)]  # 512: vLLM's greatest (vllm.config.lora.MaxLoRARanks, 0.32)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """What pydantic takes too kindly: true for 1, and endless digits; an empty section or list is one of none."""
+        field = cls.model_fields[info.field_name or ""]
+        kinds = {field.annotation, *get_args(field.annotation)}
+        if value is None and type(None) not in kinds and isinstance(field.default, (list, dict, BaseModel)):
+            return [] if isinstance(field.default, list) else {}
+        if isinstance(value, bool) and bool not in kinds and Any not in kinds:
+            wanted = "a number" if kinds & {int, float} else "what stands here (put a word in quotes)"
+            raise ValueError(f"{str(value).lower()} is not {wanted}")
+        if isinstance(value, int) and abs(value) > GREATEST:
+            raise ValueError(f"the number has {len(str(abs(value)))} digits; at most {GREATEST} is taken")
+        return value
 
 
 class ModelSettings(_Section):
@@ -52,8 +79,8 @@ class EngineSettings(_Section):
     tensor_parallel_size: int = Field(1, ge=1)
     compile: bool = True  # False: eager mode
     enable_xlora: Literal["auto"] | bool = "auto"  # auto: when a bundle is configured
-    max_adapters: int = Field(8, ge=1)  # resident adapters and bundles a replica; others wait in host memory
-    max_lora_rank: Literal["auto"] | int = "auto"  # a bundle's rank is the sum of its adapters' ranks
+    max_adapters: int = Field(8, ge=1)  # in a replica's slots; others wait in its memory, or on its node's disk
+    max_lora_rank: Literal["auto"] | Rank = "auto"  # a bundle's rank is the sum of its adapters' ranks
     extra_args: dict[str, Any] = {}  # any other engine argument, passed through
 
 
@@ -98,6 +125,7 @@ class ReplicaSettings(_Section):
     upscale_delay_s: float = Field(5, ge=0)
     downscale_delay_s: float = Field(60, ge=0)
     drain_timeout_s: float = Field(60, ge=0)
+    stuck_timeout_s: float = Field(10, ge=1)  # of a stopped or silent process: replicas', routers', the store's
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicaSettings:
@@ -143,13 +171,23 @@ class RouterSettings(_Section):
     front_end_args: dict[str, Any] = {}  # options of vLLM's OpenAI front end: chat_template, tool_call_parser, ...
     limits: LimitSettings = LimitSettings()
 
+    @field_validator("api_key", "admin_key")
+    @classmethod
+    def _a_key(cls, key: SecretStr | None) -> SecretStr | None:
+        """An empty key would open the endpoint, and a variable as a shell writes it would be the key itself."""
+        if key is not None and not key.get_secret_value():
+            raise ValueError("the key is empty: leave it out for an endpoint without one")
+        if key is not None and re.fullmatch(r"\$\w+", key.get_secret_value()):
+            raise ValueError("a variable is written ${NAME}, with braces")
+        return key
+
 
 class StoreSettings(_Section):
     """The adapter store's folders."""
 
     path: str = "~/.cache/xloom/store"  # manifest and prepared adapters; must outlive the actor
     cache: str = "~/.cache/xloom/nodes"  # node-local copies
-    max_rank: int = Field(256, ge=1, le=512)  # of one adapter, or of a bundle's sum
+    max_rank: Rank = 256  # of one adapter, or of a bundle's sum
 
 
 class LogSettings(_Section):
@@ -240,26 +278,44 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
 
 
 def _explain(error: ValidationError) -> str:
-    lines = []
+    lines: dict[str, list[str]] = {}  # by path: of a key that may be of several kinds, what each asks for
     for detail in error.errors():
-        location = detail["loc"]
-        path = ".".join(str(part) for part in location)
-        if detail["type"] == "extra_forbidden":
+        unknown = detail["type"] == "extra_forbidden"
+        location = detail["loc"] if unknown else _keys(detail["loc"])
+        path = ".".join(str(part) for part in location) or "settings"
+        if unknown:
             known = _known_keys(_section_at(location[:-1]))
             nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
-            lines.append(f"unknown key {path!r}; did you mean {nearest[0]!r}? Known keys there: {', '.join(known)}.")
+            text = f"unknown key {path!r}; did you mean {nearest[0]!r}? Known keys there: {', '.join(known)}"
         else:
-            lines.append(f"{path or 'settings'}: {detail['msg'].removeprefix('Value error, ')}.")
-    return " ".join(lines)
+            text = f"{path}: {detail['msg'].removeprefix('Value error, ')}"
+        told = lines.setdefault(path, [])
+        told.append(text.removeprefix(f"{path}: ") if told else text)
+    return " ".join(f"{' or '.join(texts)}." for texts in lines.values())
 
 
-def parse_settings(data: dict[str, Any], *, with_keys: bool = True) -> Settings:
+def _keys(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where it is in the file: without the kinds that pydantic adds for a key that may be of several."""
+    return tuple(
+        part
+        for part in location
+        if isinstance(part, int) or not re.search(r"literal\[|^constrained-|^int$|^bool$", part)
+    )
+
+
+def parse_settings(data: dict[str, Any], *, with_keys: bool = True, folder: Path | None = None) -> Settings:
     """Validate settings given as plain data; keys they lack come from the environment, unless told otherwise.
 
-    Raises `XloomError` (invalid_settings) naming each wrong key.
+    `${NAME}` in them stands for an environment variable; relative local paths are taken from `folder`, where there is
+    one. Raises `XloomError` (invalid_settings) naming each wrong key.
     """
     try:
-        settings = Settings.model_validate(data)
+        data = with_variables(data, os.environ)
+        settings = Settings.model_validate(data if folder is None else with_paths(data, folder))
+    except RecursionError:
+        raise XloomError(
+            "invalid_settings", "The settings are nested without end.", "Mend the settings file."
+        ) from None
     except ValidationError as error:
         raise XloomError("invalid_settings", _explain(error), "Mend the settings file and start again.") from None
     if not with_keys:
@@ -285,30 +341,4 @@ def client_key() -> str | None:
 def load_settings(path: Path | None, *, with_keys: bool = True) -> Settings:
     """Read a YAML settings file, or the sample's own when `path` is None. Raises `XloomError`."""
     file = path or SAMPLE / "settings.yaml"
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise XloomError("settings_not_found", f"There is no settings file {file}.", "Name an existing file.") from None
-    except yaml.YAMLError as error:
-        raise XloomError("invalid_settings", f"{file} is not YAML: {error}", "Mend the file.") from None
-    if not isinstance(data, dict):
-        raise XloomError("invalid_settings", f"{file} must hold a mapping of settings.", "See docs/settings.md.")
-    return parse_settings(_absolute_sources(data, file.parent), with_keys=with_keys)
-
-
-def _absolute_sources(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Resolve relative local sources against the settings file's own folder."""
-
-    def resolve(entry: Any) -> Any:
-        source = entry.get("source") if isinstance(entry, dict) else None
-        if isinstance(source, str) and source.startswith("."):
-            return entry | {"source": str((folder / source).resolve())}
-        return entry
-
-    resolved = dict(data)
-    if "model" in data:
-        resolved["model"] = resolve(data["model"])
-    for key in ("adapters", "xlora"):
-        if isinstance(data.get(key), list):
-            resolved[key] = [resolve(entry) for entry in data[key]]
-    return resolved
+    return parse_settings(read_settings_file(file), with_keys=with_keys, folder=file.parent)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xloom.app import APP_NAME
+from xloom.deadline import no_answer
 from xloom.protocol import XloomError
+from xloom.router.start_failures import own_error
 from xloom.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,7 +44,10 @@ def start(
         raise start_failed([each.message for each in deployments.values()] or [str(error)]) from None
     router = serve.get_deployment_handle("router", APP_NAME)
     while True:
-        state = router.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
+        try:
+            state = router.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
+        except TimeoutError:
+            raise no_answer(DESCRIBE_TIMEOUT_S, "The router", "whether a replica is ready") from None
         if state["ready"] or settings.replicas.min == 0 or is_stopped():
             return int(state["port"])
         seconds = time.monotonic() - began
@@ -54,8 +59,8 @@ def start(
 
 
 def start_failed(messages: list[str]) -> XloomError:
-    """Serve's account of why a deployment did not start: tracebacks, of which the last line counts."""
-    lines = [line for message in messages for line in message.strip().splitlines() if line.strip()]
-    named = [line for line in lines if "XloomError: " in line]
-    said = named[-1].partition("XloomError: ")[2] if named else "\n".join(lines[-LOG_LINES:])
+    """Serve's account of why a deployment did not start: tracebacks, of which our own error counts, else the end."""
+    text = "\n".join(messages)
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = own_error(text) or "\n".join(lines[-LOG_LINES:])
     return XloomError("start_failed", f"The deployment did not start: {said}", "Mend what it says, start again.", 500)

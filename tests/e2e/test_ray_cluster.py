@@ -73,9 +73,9 @@ class Site:
         self.reader.environment |= dict(each.split("=", 1) for each in found.groups()[2:])
         self.tiny_settings()
 
-    def tiny_settings(self) -> None:
-        """What the page's gpu.yaml is here: the tiny model, an engine on each node, at a new port."""
-        replicas = {"min": 2, "max": 2, "cpus": 1.5}
+    def tiny_settings(self, engines: int = 1) -> None:
+        """What the page's gpu.yaml is here: the tiny model at a new port; each node has room for one engine."""
+        replicas = {"min": engines, "max": engines, "cpus": 1.5}
         settings = settings_for(self._weights, replicas=replicas, router={"port": self.take_port()})
         file = str(self.write("settings.yaml", settings))
         self.reader.names |= {"cluster/gpu.yaml": file, "gpu.yaml": file}
@@ -167,7 +167,7 @@ def job(site: Site, oracle: Oracle, run: Callable[[], str]) -> None:
 def serve_config(site: Site, oracle: Oracle, run: Callable[[], str]) -> None:
     site.run("serve shutdown -y -a http://HEAD:8265")
     site.wait_gone()
-    site.tiny_settings()
+    site.tiny_settings(engines=2)
     run()
     assert API_KEY not in (site.reader.folder / "serve.yaml").read_text()
     site.wait_ready(2)

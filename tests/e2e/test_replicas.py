@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from ..models import ADAPTERS, tiny_adapter
+from ..models import ADAPTERS, tiny_adapter, tiny_bundle
 from .served import ADMIN_KEY, API_KEY, STOP_S, TOKENS, Served, wait_until
 from .weights import Weights, settings_for
 
@@ -26,18 +26,22 @@ KINDS = ["blend", "base", "alpha", "single"]
 SCALE_UP_S = 240.0  # an engine's start on a busy machine
 SCALE_DOWN_S = 90.0
 WORKERS = 12
-STREAMS = 8
+STREAMS = 6  # fewer than two replicas take at once: none waits for another to end
 LONG = 800  # tokens
 
 
 @pytest.fixture(scope="module")
 def server(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One replica that may become two; a queue of more than one request asks for the second."""
+    # In one pass each token's gates are made of what the last ones did: with random adapters at full strength float32
+    # and float64 part after some 60 tokens, in plain torch as well. At half of it they agree to the end.
+    folder = tmp_path_factory.mktemp("weights")
+    gentle = tiny_bundle(folder / "gentle", weights.base, seed=3, depth=2, global_scaling_weight=0.5)
     settings = settings_for(
         weights,
         xlora=[
             {"name": "blend", "source": str(weights.bundle)},
-            {"name": "single", "source": str(weights.bundle), "routing_passes": 1},
+            {"name": "single", "source": str(gentle), "routing_passes": 1},
         ],
         engine={"max_num_seqs": 4},
         replicas={
@@ -115,7 +119,7 @@ def test_a_queue_brings_a_second_replica_and_calm_takes_it_away(server: Served) 
         both = {replica["id"] for replica in replicas(server)}
         # The new one holds every adapter, and takes its share.
         wait_until(lambda: all(each["stats"]["running"] for each in replicas(server)), 60, "both at work")
-        assert all(len(replica["stats"]["adapters"]) == 3 for replica in replicas(server))
+        assert all(len(replica["stats"]["adapters"]) == 4 for replica in replicas(server))
         assert {name: server.greedy(name, PROMPT, 32) for name in KINDS} == first
     wait_until(lambda: len(server.status()["replicas"]) == 1, SCALE_DOWN_S, "one replica", 0.25)
     assert replicas(server)[0]["id"] in both

@@ -62,6 +62,9 @@ def served(architecture: str, folder: Path) -> dict[str, Any]:
     answers = {}
     while engine.has_unfinished_requests():
         answers |= {each.request_id: each.outputs[0] for each in engine.step() if each.finished}
+    # As the backend asks: before an adapter is loaded, and afterwards.
+    for loaded in (None, 77):
+        assert engine.collective_rpc("xloom_unapplied", args=(str(folder / "blend"), loaded)) == [[]]
     report: dict[str, Any] = {}
     for name, (tokens, wanted, plain) in oracle.items():
         answer = answers[name]

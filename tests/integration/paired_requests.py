@@ -72,6 +72,7 @@ from tests.models import (
     tiny_bundle,
     tiny_model,
 )
+from xloom.mixtures.hooks import Adapter
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 from xloom.mixtures.reference import Reference
@@ -144,7 +145,11 @@ class Served:
             prepare_bundle(
                 folders[number], linears, root / name, hidden_size=HIDDEN, max_rank=256, overrides=overrides
             )  # fmt: skip
-            self.oracles[name] = Reference.load(self.oracles["base"], root / name)
+            # Gates made of what they gated carry rounding on, to where top-k chooses between two that are nearly alike.
+            dtype: torch.dtype = getattr(torch, OPTIONS.dtype)
+            found = Adapter.load(root / name, dtype=dtype)
+            assert found.routing is not None
+            self.oracles[name] = Reference(load_model(model).to(dtype), found, found.routing)
             self.requests[name] = LoRARequest(f"{name}@1", 90 + number, str(root / name))
         for number, folder in enumerate(folders):
             prepare_bundle(

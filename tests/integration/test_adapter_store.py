@@ -141,6 +141,64 @@ async def test_calls_cut_short_by_a_kill_are_made_again(store: StoreClient, sour
     ]
 
 
+async def test_a_stopped_store_is_started_anew_and_what_was_asked_is_done(
+    cluster: None, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    store = await open_store(str(tmp_path), str(sources["base"]), stuck_timeout_s=1.0)
+    await store.add("code", str(sources["code"]))
+    stopped = await process_id(store)
+    os.kill(stopped, signal.SIGSTOP)
+    await asyncio.wait_for(asyncio.gather(store.remove("code"), store.add("docs", str(sources["docs"]))), 60)
+    assert [entry.name for entry in await store.entries()] == ["docs"]
+    assert await process_id(store) != stopped
+    store.stop()
+
+
+async def test_a_store_that_does_not_answer_is_named_and_a_change_given_up_is_not_made_later(
+    cluster: None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xloom.adapters.client._GRACE_S", 0.5)
+    store = await open_store(str(tmp_path), str(sources["base"]), stuck_timeout_s=3600.0)
+    await store.add("code", str(sources["code"]))
+    store._patience_s = 0.5
+    stopped = await process_id(store)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        for call in (store.remove("code"), store.entries(), store.desired(0, 0.1)):
+            with pytest.raises(XloomError) as caught:
+                await call
+            assert (caught.value.code, caught.value.status) == ("store_unavailable", 503)
+            assert "The adapter store" in caught.value.message
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    store._patience_s = 30.0
+    assert [entry.name for entry in await store.entries()] == ["code"]
+    assert await process_id(store) == stopped
+    store.stop()
+
+
+async def test_a_damaged_generation_is_fetched_from_its_source_again(
+    store: StoreClient, sources: dict[str, Path], folder: Path
+) -> None:
+    entry = await store.add("code", str(sources["code"]))
+    [file] = folder.glob(f"*/prepared/{entry.generation}/adapter_model.safetensors")
+    file.write_bytes(file.read_bytes()[:64])
+    fetched = await asyncio.gather(store.fetch(entry.generation), store.fetch(entry.generation))
+    assert [generation_of(files) for files in fetched] == [entry.generation] * 2
+    assert await store.entries() == (entry,)
+
+
+async def test_an_absence_is_not_waited_for_once_it_is_wanted_again(
+    store: StoreClient, sources: dict[str, Path]
+) -> None:
+    entry = await store.add("code", str(sources["code"]))
+    await store.report("one", "node", [entry.key])
+    await store.remove("code")
+    leaving = asyncio.ensure_future(store.await_absent("code", entry.generation, 30))
+    await store.add("code", str(sources["code"]))
+    await asyncio.wait_for(leaving, 5)
+
+
 @pytest.mark.parametrize(
     ("name", "source", "code", "status"),
     [
@@ -172,6 +230,20 @@ async def test_another_base_model_has_a_store_of_its_own(
     assert await other.entries() == ()
     other.stop()
     assert [entry.name for entry in await store.entries()] == ["code"]
+
+
+async def test_a_store_of_other_settings_is_replaced_and_found_by_those_who_held_it(
+    store: StoreClient, sources: dict[str, Path], folder: Path
+) -> None:
+    await store.add("code", str(sources["code"]))
+    before = await process_id(store)
+    same = await open_store(str(folder), str(sources["base"]), reserved_names=["base"])
+    assert await process_id(same) == before
+    narrow = await open_store(str(folder), str(sources["base"]), reserved_names=["base"], max_rank=2)
+    assert await process_id(narrow) != before
+    assert [entry.name for entry in await store.entries()] == ["code"]  # through a client of the one that is gone
+    with pytest.raises(XloomError, match="limit is 2"):
+        await store.add("docs", str(sources["docs"]))
 
 
 async def test_a_store_that_is_not_there_is_store_unavailable(

@@ -27,7 +27,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAISe
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
 from vllm.entrypoints.serve.engine.serving import BaseServing
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tasks import SupportedTask
@@ -215,6 +215,10 @@ def test_a_failed_request_is_found_by_its_state_its_parent_and_its_queue() -> No
     assert "request_id" in inspect.get_annotations(ParentRequest)
     # An exception in the queue reaches the client.
     assert "raise output" in inspect.getsource(RequestOutputCollector.get)
+
+
+def test_what_vllm_refuses_is_told_from_what_broke() -> None:
+    assert issubclass(VLLMValidationError, VLLMClientError)
 
 
 def test_an_error_of_ours_passes_as_it_is() -> None:

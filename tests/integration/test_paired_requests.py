@@ -13,9 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUNS: dict[str, list[str]] = {
-    "v1": ["--seed", "4", "--long-prefill", "8"],
+    "v1": ["--seed", "4", "--long-prefill", "8", "--requests", "50"],
     "v1-asynchronous-priority": ["--asynchronous", "--policy", "priority", "--seqs", "4", "--blocks", "10"],
-    "v1-adapters-in-the-scaling-pass": ["--scaling-pass-value", "0.3", "--max-loras", "1", "--seed", "3"],
+    "v1-adapters-in-the-scaling-pass": ["--scaling-pass-value", "0.3", "--max-loras", "1", "--seed", "3",
+                                        "--requests", "40"],
     "v2": ["--runner", "v2", "--requests", "30", "--blocks", "11"],
     "v2-asynchronous": ["--runner", "v2", "--requests", "30", "--asynchronous", "--blocks", "11", "--seed", "2"],
     "v2-gpu-kernels": ["--runner", "v2", "--wrapper", "gpu", "--dtype", "float16", "--requests", "6", "--plain",

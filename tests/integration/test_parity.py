@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from xloom.protocol import XloomError
+
 from ..models import (
     ADAPTERS,
     load_model,
@@ -90,6 +92,15 @@ def test_plain_adapter_and_base_equal_peft(served: tuple[Engine, Path]) -> None:
         tokens = peft_greedy(oracle, PROMPT, NEW_TOKENS)
         logits = peft_logits(oracle, PROMPT + tokens)[len(PROMPT) - 1 : -1]
         assert_same(answer, tokens, logits)
+
+
+def test_what_the_engine_would_leave_out_of_an_adapter_is_refused_by_name(served: tuple[Engine, Path]) -> None:
+    engine, folder = served
+    adapter = tiny_adapter(folder / "headed", engine.model, targets=("q_proj", "lm_head"))
+    with pytest.raises(XloomError, match="lm_head") as caught:
+        engine.adapter("headed", adapter, folder / "headed-prepared")
+    assert caught.value.code == "not_applied"
+    assert "q_proj" not in caught.value.message
 
 
 def test_overrides_change_the_mixture_as_if_the_bundle_said_so(served: tuple[Engine, Path]) -> None:

@@ -18,6 +18,7 @@ from ray._private.node import Node
 from ray.serve._private import constants, logging_utils
 from ray.serve._private.common import TimeStampedValue
 from ray.serve._private.replica import Replica, UserCallableWrapper
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle
@@ -41,7 +42,8 @@ VARIABLES = {
 SIGNATURES: dict[Any, list[str]] = {
     worker.print_to_stdstream: ["data", "ignore_prefix"],
     DeploymentHandle.broadcast: ["self", "method_name", "args", "kwargs"],
-    DeploymentBroadcastResponse.results_async: ["self", "timeout_s", "return_exceptions"],
+    DeploymentBroadcastResponse._fetch_replica_results_async: ["self"],
+    ReplicaResult.get_async: ["self"],
     metrics.Counter.__init__: ["self", "name", "description", "tag_keys"],
     metrics.Counter.inc: ["self", "value", "tags"],
     metrics.Gauge.__init__: ["self", "name", "description", "tag_keys"],

@@ -74,7 +74,7 @@ def test_the_scheduler_asks_where_pairs_answer() -> None:
 
 OUR_OWN = {
     "_withdraw", "_look_at_admitted", "_seat_beside", "_wake_parked", "_youngest_running", "_lacking_pages",
-    "_free_pages", "_loras_in_use", "_has_room", "_preempt_pair", "_finish_preemptions",
+    "_free_pages", "_loras_in_use", "_has_room", "_preempt_pair", "_finish_preemptions", "_end_scaling", "_scale_again",
 }  # fmt: skip
 
 

@@ -103,3 +103,14 @@ def test_anothers_error_is_shown_with_the_end_of_its_traceback() -> None:
     error = start_failed([TRACE.rpartition("xloom.protocol")[0] + "ValueError: no kernel for this\n"])
     assert "line 41" in error.message
     assert error.message.endswith("ValueError: no kernel for this")
+
+
+def test_an_error_of_several_lines_is_told_whole() -> None:
+    said = "vLLM refuses the settings:\nfirst this\nthen that. [invalid_engine_settings]"
+    error = start_failed(
+        [
+            TRACE,
+            TRACE.replace("No model could be read from '/nowhere'. Name a local folder. [model_not_loadable]", said),
+        ]
+    )
+    assert error.message.endswith("vLLM refuses the settings: first this then that. [invalid_engine_settings]")

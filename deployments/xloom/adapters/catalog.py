@@ -20,7 +20,7 @@ from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
 from xloom.adapters.manifest import Entry, Manifest, ManifestFile, generation_of, read_files
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
-from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
+from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_number
 from xloom.storage.durable import sync, sync_tree
 
 if TYPE_CHECKING:
@@ -95,18 +95,26 @@ class AdapterCatalog:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        configured: bool = False,
     ) -> Entry:
         """Take an adapter or bundle in (`kind` None: whichever it is). Raises `XloomError` and changes nothing.
 
         Adding what is there already changes nothing; other content under the same name is adapter_exists
         unless `replace`.
         """
-        with self.stage(name, source, kind, overrides, verify=verify) as staged:
+        with self.stage(name, source, kind, overrides, verify=verify, configured=configured) as staged:
             return self.commit(staged, replace=replace, max_rank=max_rank)
 
     @contextmanager
     def stage(
-        self, name: str, source: str, kind: str | None, overrides: Overrides, *, verify: bool = False
+        self,
+        name: str,
+        source: str,
+        kind: str | None,
+        overrides: Overrides,
+        *,
+        verify: bool = False,
+        configured: bool = False,
     ) -> Iterator[Staged]:
         """Fetch, check and prepare a source; what is not committed within the block is deleted."""
         check_name(name, self._reserved)
@@ -117,9 +125,10 @@ class AdapterCatalog:
         try:
             sources.fetch(source, fetched, self._limits)
             with _speaking_of(source, fetched):
-                kind = detect_kind(fetched, source, kind)
+                found = sources.adapter_folder(fetched, source)
+                kind = detect_kind(found, source, kind)
                 check_overrides(kind, overrides)
-                result = self._prepare(source, fetched, kind, overrides, prepared)
+                result = self._prepare(source, fetched, found, kind, overrides, prepared)
             entry = Entry(
                 name=name,
                 kind=kind,
@@ -131,6 +140,7 @@ class AdapterCatalog:
                 overrides=overrides,
                 added_at=time.time(),
                 verify=verify,
+                configured=configured,
             )
             yield Staged(entry, prepared)
         except OSError as error:
@@ -138,31 +148,44 @@ class AdapterCatalog:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _prepare(self, source: str, fetched: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
+    def _prepare(self, source: str, fetched: Path, found: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
         # Imported here: without torch a store that has crashed is back in half the time.
+        from xloom.mixtures.base_weights import BaseWeights
         from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 
-        base = base_shape(*self._base)
+        base, weights = base_shape(*self._base), BaseWeights(*self._base)
         if kind == "lora":
-            return prepare_lora(fetched, base.modules, out, max_rank=self._max_rank)
-        fetch_companions(source, fetched, self._limits)
+            return prepare_lora(found, base.modules, out, max_rank=self._max_rank, base=weights)
+        if found != fetched:
+            source = f"{source.rstrip('/')}/{found.relative_to(fetched).as_posix()}"
+        fetch_companions(source, found, self._limits)
         return prepare_bundle(
-            fetched,
+            found,
             base.modules,
             out,
             hidden_size=base.hidden_size,
             max_rank=self._max_rank,
             overrides=overrides,
+            base=weights,
             root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
         )
 
-    def commit(self, staged: Staged, *, replace: bool = False, max_rank: int | None = None) -> Entry:
-        """Make a staged adapter part of the desired state. Raises `XloomError` (adapter_exists, rank_too_large).
+    def commit(
+        self, staged: Staged, *, replace: bool = False, max_rank: int | None = None, mixtures: bool = True
+    ) -> Entry:
+        """Make a staged adapter part of the desired state.
 
         `max_rank` is what the engines that run now have room for; None: none run yet. Those that run hold what is
-        here already unproved, so that they can't be asked to prove it.
+        here already unproved, so that they can't be asked to prove it. `mixtures`: whether they serve bundles.
+        Raises `XloomError`: adapter_exists, adapter_number_taken, rank_too_large, unsupported_by_backend.
         """
         entry = staged.entry
+        if entry.kind == "xlora" and not mixtures:
+            raise XloomError(
+                "unsupported_by_backend",
+                f"{entry.name!r} is an X-LoRA bundle, and these engines were started without mixtures.",
+                "Set engine.enable_xlora: true, with engine.backend vllm or transformers, and start again.",
+            )
         if max_rank is not None and entry.rank > max_rank:
             raise XloomError(
                 "rank_too_large",
@@ -172,7 +195,8 @@ class AdapterCatalog:
         with self._changing:
             old = self._manifest.get(entry.name)
             if old is not None and old.generation == entry.generation:
-                return self._with_verify(old, entry.verify, running=max_rank is not None)
+                self._put(staged)
+                return self._with_flags(old, entry, running=max_rank is not None)
             if old is not None and not replace:
                 raise XloomError(
                     "adapter_exists",
@@ -180,13 +204,10 @@ class AdapterCatalog:
                     "Remove it first, replace it, or choose another name.",
                     409,
                 )
-            target = self._prepared / entry.generation
+            self._check_number(entry)
             kept = self._replaced
             try:
-                if not target.is_dir():
-                    sync_tree(staged.folder)
-                    os.replace(staged.folder, target)
-                    sync(self._prepared)
+                self._put(staged)
                 self._replaced = kept | ({entry.name: old} if old else {})
                 self._change(self._manifest.with_entry(entry))
             except OSError as error:
@@ -195,18 +216,44 @@ class AdapterCatalog:
                 raise _unwritable(self._prepared.parent, error) from None
             return entry
 
-    def _with_verify(self, entry: Entry, verify: bool, *, running: bool) -> Entry:
-        """An entry that is there, to be proved or not by engines that start from now on."""
-        if verify == entry.verify or (running and not verify):
+    def _put(self, staged: Staged) -> None:
+        """Make a staged folder its generation's, unless that is there and whole."""
+        target = self._prepared / staged.entry.generation
+        if target.is_dir():
+            if generation_of(read_files(target)) == target.name:
+                return
+            logger.warning("the files of %s were damaged: they are replaced", staged.entry.key)
+            shutil.rmtree(target)
+        sync_tree(staged.folder)
+        os.replace(staged.folder, target)
+        sync(self._prepared)
+
+    def _check_number(self, entry: Entry) -> None:
+        """Engines tell adapters apart by a number of 31 bits: two that share one would be served as each other."""
+        number = adapter_number(entry.key)
+        for other in (*self._manifest.entries, *self._replaced.values()):
+            if other.key != entry.key and adapter_number(other.key) == number:
+                raise XloomError(
+                    "adapter_number_taken",
+                    f"{entry.name!r} would have the number that {other.name!r} has inside the engines.",
+                    "Choose another name for it.",
+                    409,
+                )
+
+    def _with_flags(self, entry: Entry, wanted: Entry, *, running: bool) -> Entry:
+        """An entry that is there: configured from now on, to be proved or not by engines that start from now on."""
+        configured = entry.configured or wanted.configured
+        verify = entry.verify if running and not wanted.verify else wanted.verify
+        if (verify, configured) == (entry.verify, entry.configured):
             return entry
-        if running:
+        if running and verify != entry.verify:
             raise XloomError(
                 "adapter_exists",
                 f"{entry.name!r} is served already, and was not verified.",
                 "Remove it first: it is verified when a replica loads it.",
                 409,
             )
-        entry = msgspec.structs.replace(entry, verify=verify)
+        entry = msgspec.structs.replace(entry, verify=verify, configured=configured)
         self._change(self._manifest.with_entry(entry))
         return entry
 
@@ -225,6 +272,18 @@ class AdapterCatalog:
             self._change(self._manifest.without(name))
             return entry
 
+    def prune(self, names: Collection[str]) -> list[Entry]:
+        """Take out what a settings file once named and `names` lacks; what was added at run time stays."""
+        with self._changing:
+            left = [entry for entry in self._manifest.entries if entry.configured and entry.name not in names]
+            manifest = self._manifest
+            for entry in left:
+                self._replaced.pop(entry.name, None)
+                manifest = manifest.without(entry.name)
+            if left:
+                self._change(manifest)
+            return left
+
     def revert(self, name: str, generation: str) -> Entry | None:
         """Undo the add of an entry: what it replaced comes back, else it is removed. None when it is there no more."""
         with self._changing:
@@ -241,16 +300,33 @@ class AdapterCatalog:
             raise _no_generation(generation)
         try:
             files = read_files(self._prepared / generation)
-        except FileNotFoundError:  # removed meanwhile
-            raise _no_generation(generation) from None
+        except FileNotFoundError:  # removed meanwhile, or lost
+            if all(entry.generation != generation for entry in self._manifest.entries):
+                raise _no_generation(generation) from None
+            files = {}
         if generation_of(files) != generation:
-            raise XloomError(
-                "generation_damaged",
-                f"The store's files of generation {generation} are damaged on disk.",
-                "Remove the adapter and add it again.",
-                500,
-            )
+            raise _damaged(generation, "damaged on disk")
         return files
+
+    def mend(self, generation: str) -> None:
+        """Fetch a generation that is damaged on disk from its source again, and put it in its place.
+
+        Raises `XloomError`: generation_not_found, generation_damaged (its source is gone, or is another by now).
+        """
+        entry = next((entry for entry in self._manifest.entries if entry.generation == generation), None)
+        if entry is None:
+            raise _no_generation(generation)
+        try:
+            with self.stage(entry.name, entry.source, entry.kind, entry.overrides, verify=entry.verify) as staged:
+                if staged.entry.generation != generation:
+                    raise _damaged(generation, f"damaged on disk, and {entry.source!r} has other content by now")
+                with self._changing:
+                    self._put(staged)
+                    self._collect()  # it may have been removed meanwhile
+        except XloomError as error:
+            if error.code == "generation_damaged":
+                raise
+            raise _damaged(generation, f"damaged on disk, and can't be had from its source again: {error}") from None
 
     def _change(self, manifest: Manifest) -> None:
         self._file.save(manifest)
@@ -285,6 +361,11 @@ def _speaking_of(source: str, folder: Path) -> Iterator[None]:
 
 def _no_generation(generation: str) -> XloomError:
     return XloomError("generation_not_found", f"No adapter is at generation {generation[:64]!r}.", status=404)
+
+
+def _damaged(generation: str, how: str) -> XloomError:
+    cure = "Add the adapter again, in place of what is there."
+    return XloomError("generation_damaged", f"The store's files of generation {generation} are {how}.", cure, 500)
 
 
 def _unwritable(folder: Path, error: OSError) -> XloomError:

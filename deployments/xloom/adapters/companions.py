@@ -21,7 +21,8 @@ def fetch_companions(source: str, folder: Path, limits: sources.Limits) -> None:
     from xloom.mixtures.files import read_json
 
     file = folder / ("xlora_config.json" if (folder / "xlora_config.json").is_file() else "adapter_config.json")
-    adapters = read_json(file, "broken_bundle").get("adapters")
+    config = read_json(file, "broken_bundle")
+    adapters, trained = config.get("adapters"), bool(config.get("use_trainable_adapters", False))
     if not isinstance(adapters, dict):
         return
     local = sources.is_local(source)
@@ -31,7 +32,9 @@ def fetch_companions(source: str, folder: Path, limits: sources.Limits) -> None:
         places = (folder / str(number), folder / "adapters" / name, folder / name)
         inside = any((place / "adapter_config.json").is_file() for place in places)
         if PurePosixPath(path).is_absolute():
-            if local and not inside and _PLAIN.fullmatch(name):
+            # The sub-folders that PEFT saves beside these paths are often damaged; they count where it trained them.
+            healthy = not trained and Path(path, "adapter_config.json").is_file()
+            if local and (healthy or not inside) and _PLAIN.fullmatch(name):
                 sources.fetch(path, folder / "adapters" / name, limits)
             continue
         parts = PurePosixPath(posixpath.normpath(path)).parts

@@ -29,6 +29,7 @@ class Entry(msgspec.Struct, frozen=True):
     overrides: Overrides = NO_OVERRIDES
     added_at: float = 0.0  # seconds since the epoch
     verify: bool = False  # whether a replica has to prove it before it serves it
+    configured: bool = False  # named by a settings file, which takes it out again when it names it no more
 
     @property
     def ref(self) -> AdapterRef:

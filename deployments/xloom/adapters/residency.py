@@ -16,6 +16,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
     code: str
     reason: str
+    verdict: bool = True  # on the files, so that it stays; else the replica goes on trying
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from xloom.protocol import XloomError
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 ALLOWED_SUFFIXES = (".json", ".safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -29,6 +30,8 @@ class Limits:
 
     files: int = 2000
     size: int = 32 * 2**30  # bytes
+    depth: int = 16  # folders within folders
+    seen: int = 100_000  # files of any kind that are looked at
 
 
 class Source(Protocol):
@@ -76,12 +79,8 @@ def select(files: dict[str, int], source: str, limits: Limits) -> list[str]:
         raise _not_found(source, "it holds no adapter files (JSON, safetensors)")
     size = sum(files[name] for name in chosen)
     if len(chosen) > limits.files or size > limits.size:
-        raise XloomError(
-            "source_too_large",
-            f"The source {source!r} holds {len(chosen)} files of {size} bytes; "
-            f"the limits are {limits.files} files and {limits.size} bytes.",
-            "Name the folder of one adapter or bundle alone.",
-        )
+        limit = f"the limits are {limits.files} files and {limits.size} bytes"
+        raise _too_large(source, f"{len(chosen)} files of {size} bytes; {limit}")
     return chosen
 
 
@@ -98,6 +97,22 @@ def _refuse_pickle(files: Iterable[str], source: str) -> None:
             )
 
 
+def adapter_folder(fetched: Path, source: str) -> Path:
+    """Where the adapter or bundle lies in what was fetched: right there, or in the one sub-folder that holds one.
+
+    Raises `XloomError` (source_not_found) where several do.
+    """
+    names = ("adapter_config.json", "xlora_config.json")
+    if any((fetched / name).is_file() for name in names):
+        return fetched
+    found = {file.parent for name in names for file in fetched.rglob(name)}
+    outermost = sorted(folder for folder in found if not found.intersection(folder.parents))
+    if len(outermost) > 1:
+        listed = ", ".join(folder.relative_to(fetched).as_posix() for folder in outermost[:5])
+        raise _not_found(source, f"it holds {len(outermost)} adapters ({listed}): add the one's folder to the source")
+    return outermost[0] if outermost else fetched
+
+
 # Local folders.
 
 
@@ -107,32 +122,57 @@ def is_local(source: str) -> bool:
 
 
 def fetch_folder(address: str, into: Path, limits: Limits) -> None:
-    """Copy a local folder (a path or file:// URL). Links may not lead out of it."""
+    """Copy a local folder (a path or file:// URL).
+
+    Links are followed within it, and into the blobs of the hub cache's repository that it is a snapshot of.
+    """
     root = Path(address.removeprefix("file://")).expanduser()
     if not root.is_dir():
         raise _not_found(address, "there is no such folder")
     try:
-        names = select(_walk(root.resolve(), address), address, limits)
+        root = root.resolve()
+        found = _walk(root, address, limits)
+        names = select({name: path.stat().st_size for name, path in found.items()}, address, limits)
         for name in names:
             target = into / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(root / name, target)
+            shutil.copyfile(found[name], target)
     except OSError as error:
         raise _unreachable(address, error) from None
 
 
-def _walk(root: Path, source: str) -> dict[str, int]:
-    files = {}
-    for folder, subfolders, names in os.walk(root):
-        for name in [*subfolders, *names]:
-            path = Path(folder, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise _unsafe_path(source, str(path.relative_to(root)))
-        for name in names:
-            path = Path(folder, name)
-            if path.is_file():
-                files[path.relative_to(root).as_posix()] = path.stat().st_size
+def _walk(root: Path, source: str, limits: Limits) -> dict[str, Path]:
+    """Each file's relative POSIX path, and where it is when all links are followed."""
+    stores = [root, *_blobs(root)]
+    files: dict[str, Path] = {}
+    waiting: list[tuple[Path, tuple[Path, ...]]] = [(root, (root,))]  # folders, with the real ones that lead to them
+    while waiting:
+        folder, above = waiting.pop()
+        for entry in sorted(folder.iterdir()):
+            if folder == root and entry.name.startswith(".."):
+                continue  # where Kubernetes keeps what the links beside it lead to (its AtomicWriter, 1.34)
+            real, name = entry.resolve(), entry.relative_to(root).as_posix()
+            if entry.is_symlink() and not any(real.is_relative_to(store) for store in stores):
+                raise _unsafe_path(source, name)
+            if real.is_dir():
+                if real in above or len(above) > limits.depth:
+                    raise _unsafe_path(source, name)
+                waiting.append((entry, (*above, real)))
+            elif real.is_file():
+                files[name] = real
+                if len(files) > limits.seen:
+                    raise _too_large(source, f"more than {limits.seen} files of any kind")
     return files
+
+
+def _blobs(root: Path) -> list[Path]:
+    """The blobs that a snapshot in the hub's cache is made of links to (huggingface_hub 1), if this is in one."""
+    for snapshots in (parent for parent in root.parents if parent.name == "snapshots"):
+        repository = snapshots.parent
+        blobs = repository / "blobs"
+        if repository.name.startswith(("models--", "datasets--")) and blobs.is_dir() and not blobs.is_symlink():
+            return [blobs]
+    return []
 
 
 # fsspec URLs.
@@ -178,7 +218,10 @@ def fetch_url(address: str, into: Path, limits: Limits) -> None:
 
 
 def fetch_hub(address: str, into: Path, limits: Limits) -> None:
-    """Copy a hub repository, `org/name` or `org/name@revision`; offline, from the hub's local cache."""
+    """Copy a hub repository or a folder of it; offline, from the hub's local cache.
+
+    `org/name`, `org/name@revision`, `hf://org/name/folder`, `hf://org/name/folder@revision`.
+    """
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -187,19 +230,24 @@ def fetch_hub(address: str, into: Path, limits: Limits) -> None:
             "source_unsupported", f"Reading {address!r} needs huggingface_hub.", "pip install huggingface_hub"
         ) from None
 
-    name, _, revision = address.removeprefix("hf://").partition("@")
+    path, _, revision = address.removeprefix("hf://").partition("@")
+    parts = path.strip("/").split("/")
+    if ".." in parts or "." in parts or "" in parts:
+        raise _unsafe_path(address, path)
+    name, folder = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
     wanted: str | None = revision or None
     missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     try:
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=wanted, files_metadata=True)
-            select({item.rfilename: item.size or 0 for item in info.siblings or []}, address, limits)
+            listed = {item.rfilename: item.size or 0 for item in info.siblings or []}
+            select(_under(folder, listed), address, limits)
             wanted = info.sha
         except (XloomError, *missing):
             raise
         except Exception:  # offline, or the hub is down: the local cache may have it
             logger.info("the hub did not list %s: its local cache is tried", name, exc_info=True)
-        patterns = [f"*{suffix}" for suffix in ALLOWED_SUFFIXES]
+        patterns = [f"{folder}*{suffix}" for suffix in ALLOWED_SUFFIXES]
         snapshot = Path(huggingface_hub.snapshot_download(name, revision=wanted, allow_patterns=patterns))
     except (XloomError, errors.GatedRepoError) as error:  # a gated repository counts as missing upstream
         raise error if isinstance(error, XloomError) else _unreachable(address, error) from None
@@ -209,7 +257,9 @@ def fetch_hub(address: str, into: Path, limits: Limits) -> None:
         raise _unreachable(address, error) from None
     # A snapshot is made of links into the repository's blobs, two folders up: these are followed.
     blobs = snapshot.parent.parent.resolve()
-    files = {path.relative_to(snapshot).as_posix(): path for path in snapshot.rglob("*") if path.is_file()}
+    files = _under(
+        folder, {path.relative_to(snapshot).as_posix(): path for path in snapshot.rglob("*") if path.is_file()}
+    )
     chosen = select({key: path.stat().st_size for key, path in files.items()}, address, limits)
     for key in chosen:
         if not files[key].resolve().is_relative_to(blobs):
@@ -219,12 +269,21 @@ def fetch_hub(address: str, into: Path, limits: Limits) -> None:
         shutil.copyfile(files[key], target)
 
 
+def _under(folder: str, files: dict[str, Value]) -> dict[str, Value]:
+    return {name.removeprefix(folder): value for name, value in files.items() if name.startswith(folder)}
+
+
 register("file", fetch_folder)
 register("hf", fetch_hub)
 
 
 def _not_found(source: str, why: str) -> XloomError:
     return XloomError("source_not_found", f"The source {source!r} can't be read: {why}.", _CHECK_SOURCE, 404)
+
+
+def _too_large(source: str, what: str) -> XloomError:
+    cure = "Name the folder of one adapter or bundle alone."
+    return XloomError("source_too_large", f"The source {source!r} holds {what}.", cure)
 
 
 def _unreachable(source: str, error: BaseException) -> XloomError:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import ray
 
 from xloom.adapters.catalog import AdapterCatalog
+from xloom.adapters.identity import identity_of
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, Refusal, ReplicaReport, Residency
 from xloom.observability import table
 from xloom.observability.logs import configure
 from xloom.observability.recorder import RECORDER
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_key
+from xloom.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -47,9 +49,14 @@ class AdapterStore:
         reserved_names: Sequence[str],
         base_revision: str | None,
         logs: LogSettings | None = None,
+        stuck_timeout_s: float = 10.0,
     ) -> None:
+        self._watchdog = Watchdog(stuck_timeout_s)
         if logs is not None:
             configure(logs, "store", "store")
+        self._identity = identity_of(
+            folder, base_source, max_rank, list(reserved_names), base_revision, logs, stuck_timeout_s
+        )
         self._arguments = (Path(folder), base_source, max_rank, tuple(reserved_names), base_revision)
         self._opened: AdapterCatalog | None = None
         self._opening = asyncio.Lock()
@@ -59,8 +66,13 @@ class AdapterStore:
         self._residency = Residency()
         self._shared: OrderedDict[str, tuple[ObjectRef, int]] = OrderedDict()  # generation -> reference, bytes
         self._sharing = asyncio.Lock()
+        self._mending = asyncio.Lock()
         self._started = time.monotonic()
         RECORDER.start()
+
+    def identity(self) -> str:
+        """Its `identity_of`."""
+        return self._identity
 
     # Desired state.
 
@@ -73,41 +85,65 @@ class AdapterStore:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        configured: bool = False,
+        mixtures: bool = True,
+        expires_at: float | None = None,
     ) -> Entry:
-        """Take an adapter or bundle in; see `AdapterCatalog.add`."""
+        """Take an adapter or bundle in; see `AdapterCatalog.add` and `.commit`.
+
+        A change is not made after `expires_at` (seconds since the epoch), when its caller has given it up: raises
+        `XloomError` (store_unavailable).
+        """
         catalog = await self._catalog()
         with _counted("add", catalog):
             async with self._staging:
-                stage = catalog.stage(name, source, kind, overrides, verify=verify)
+                stage = catalog.stage(name, source, kind, overrides, verify=verify, configured=configured)
                 staged = await asyncio.to_thread(stage.__enter__)
                 try:
                     async with self._committing:
-                        entry = await asyncio.to_thread(catalog.commit, staged, replace=replace, max_rank=max_rank)
+                        _in_time(expires_at)
+                        entry = await asyncio.to_thread(
+                            catalog.commit, staged, replace=replace, max_rank=max_rank, mixtures=mixtures
+                        )
                 finally:
                     await asyncio.to_thread(stage.__exit__, None, None, None)
         logger.info("%s %s is in the store, generation %s", entry.kind, entry.name, entry.generation[:12])
         await self._wake()
         return entry
 
-    async def remove(self, name: str) -> Entry:
-        """Take an adapter out. Raises `XloomError` (adapter_not_found)."""
+    async def remove(self, name: str, expires_at: float | None = None) -> Entry:
+        """Take an adapter out, by `expires_at` as with `add`. Raises `XloomError` (adapter_not_found)."""
         catalog = await self._catalog()
         with _counted("remove", catalog):
             async with self._committing:
+                _in_time(expires_at)
                 entry = await asyncio.to_thread(catalog.remove, name)
         logger.info("%s is out of the store", name)
         await self._wake()
         return entry
 
-    async def revert(self, name: str, generation: str) -> Entry | None:
-        """Undo an add; see `AdapterCatalog.revert`."""
+    async def revert(self, name: str, generation: str, expires_at: float | None = None) -> Entry | None:
+        """Undo an add, by `expires_at` as with `add`; see `AdapterCatalog.revert`."""
         catalog = await self._catalog()
         with _counted("revert", catalog):
             async with self._committing:
+                _in_time(expires_at)
                 entry = await asyncio.to_thread(catalog.revert, name, generation)
         logger.info("%s is taken back, generation %s", name, generation[:12])
         await self._wake()
         return entry
+
+    async def prune(self, names: Sequence[str], expires_at: float | None = None) -> list[Entry]:
+        """Take out what left the settings file; see `AdapterCatalog.prune`, and `add` for `expires_at`."""
+        catalog = await self._catalog()
+        with _counted("prune", catalog):
+            async with self._committing:
+                _in_time(expires_at)
+                left = await asyncio.to_thread(catalog.prune, frozenset(names))
+        for entry in left:
+            logger.info("%s is out of the store: the settings name it no more", entry.name)
+        await self._wake()
+        return left
 
     async def entries(self) -> tuple[Entry, ...]:
         """All adapters and bundles."""
@@ -124,15 +160,32 @@ class AdapterStore:
     async def fetch(self, generation: str, fresh: bool = False) -> list[ObjectRef]:
         """`[reference]` to a generation's files, `dict[str, bytes]`: in a list, so that Ray does not resolve it.
 
-        `fresh` puts them anew, for callers whose reference was lost. Raises `XloomError` (generation_not_found).
+        `fresh` puts them anew, for callers whose reference was lost; what is damaged on disk is fetched from its source
+        again. Raises `XloomError` (generation_not_found, generation_damaged).
         """
         catalog = await self._catalog()
+        try:
+            return [await self._share(catalog, generation, fresh)]
+        except XloomError as error:
+            if error.code != "generation_damaged":
+                raise
+        async with self._mending:
+            try:
+                return [await self._share(catalog, generation, fresh)]  # mended meanwhile, for another one
+            except XloomError as error:
+                if error.code != "generation_damaged":
+                    raise
+                logger.warning("%s", error.message)
+            await asyncio.to_thread(catalog.mend, generation)
+        return [await self._share(catalog, generation, fresh)]
+
+    async def _share(self, catalog: AdapterCatalog, generation: str, fresh: bool) -> ObjectRef:
         async with self._sharing:
             if generation in self._shared and not fresh:
                 self._shared.move_to_end(generation)
                 shared, size = self._shared[generation]
                 _count_fetch("hit", size)
-                return [shared]
+                return shared
             files = await asyncio.to_thread(catalog.files, generation)
             reference = await asyncio.to_thread(ray.put, files)
             handed = sum(map(len, files.values()))
@@ -146,7 +199,7 @@ class AdapterStore:
                     del self._shared[old]  # the object lives on while a borrower holds its reference
                     total -= size
             RECORDER.set(table.STORE_SHARED_BYTES, total)
-            return [reference]
+            return reference
 
     # Residency.
 
@@ -154,6 +207,7 @@ class AdapterStore:
         self, replica_id: str, node_id: str, resident: Sequence[str], failed: dict[str, Refusal] | None = None
     ) -> None:
         """A replica says what it holds (name@generation), and what its engine refused and why. Each second or so."""
+        self._watchdog.ensure()
         self._residency.report(replica_id, node_id, resident, failed or {})
         await self._wake()
 
@@ -181,12 +235,12 @@ class AdapterStore:
                 raise XloomError("adapter_superseded", f"{name!r} was replaced or removed meanwhile.", status=409)
             if failures := self._residency.failures(key):
                 replica, refusal = next(iter(failures.items()))
-                unproved = refusal.code == NOT_VERIFIED
+                unproved, broken = refusal.code == NOT_VERIFIED, refusal.code == "internal_error"
                 raise XloomError(
                     NOT_VERIFIED if unproved else "adapter_load_failed",
                     f"{len(failures)} replicas could not load {name!r}; {replica}: {refusal.reason}",
                     "Mend the adapter, then replace it; or remove it.",
-                    422 if unproved else 500,
+                    500 if broken else 422,
                 )
             return self._settled() and not self._residency.lacking(key)
 
@@ -195,9 +249,19 @@ class AdapterStore:
         return self._residency.holding(key)
 
     async def await_absent(self, name: str, generation: str, timeout_s: float) -> None:
-        """Wait until no live replica holds an entry any more. Raises `XloomError` (adapter_not_resident)."""
+        """Wait until no live replica holds an entry any more, or it is wanted again.
+
+        Raises `XloomError` (adapter_not_resident).
+        """
+        catalog = await self._catalog()
         key = adapter_key(name, generation)
-        if not await self._until(lambda: self._settled() and not self._residency.holding(key), timeout_s):
+
+        def gone() -> bool:
+            entry = catalog.manifest.get(name)
+            wanted = entry is not None and entry.generation == generation
+            return wanted or (self._settled() and not self._residency.holding(key))
+
+        if not await self._until(gone, timeout_s):
             raise self._late(name, "let go of", self._residency.holding(key), timeout_s)
 
     # Inside.
@@ -240,6 +304,12 @@ class AdapterStore:
                 except TimeoutError:
                     continue
         return True
+
+
+def _in_time(expires_at: float | None) -> None:
+    """Raise when whoever asked for a change has been told by now that it was not made."""
+    if expires_at is not None and time.time() > expires_at:
+        raise XloomError("store_unavailable", "The adapter store was too slow: the change was not made.", "Retry.", 503)
 
 
 @contextmanager

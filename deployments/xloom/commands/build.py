@@ -11,6 +11,7 @@ from xloom.app import APP_NAME
 from xloom.observability.logs import serve_logging
 from xloom.protocol import XloomError
 from xloom.settings import Settings, load_settings
+from xloom.settings_file import without_variables
 
 IMPORT_PATH = "xloom.app:application"
 
@@ -20,7 +21,7 @@ def build_config(settings: Settings) -> dict[str, Any]:
 
     Raises `XloomError` (secret_in_settings): what is written lies about in files and in the cluster's dashboard.
     """
-    args = settings.model_dump(mode="json", exclude_unset=True)
+    args: dict[str, Any] = without_variables(settings.model_dump(mode="json", exclude_unset=True))
     router = args.get("router", {})
     for name in ("api_key", "admin_key"):
         if router.pop(name, None) is not None:

@@ -240,7 +240,7 @@ def check_devices() -> Finding:
 
 def check_disk(folder: Path) -> Finding:
     """Room for adapters where the store keeps them."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))  # it raises for none
     free = shutil.disk_usage(existing).free
     detail = f"{free / GIB:.1f} GiB free for {folder}"
     if not os.access(existing, os.W_OK):

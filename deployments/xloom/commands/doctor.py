@@ -14,6 +14,8 @@ from rich.table import Table
 
 from xloom.commands import checks
 from xloom.commands.checks import Finding
+from xloom.commands.settings_checks import check_settings, failed
+from xloom.protocol import XloomError
 from xloom.quantization import recipes
 from xloom.quantization.fitting import available_memory
 from xloom.settings import Settings, load_settings
@@ -37,6 +39,7 @@ def examine(settings: Settings) -> list[Finding]:
         checks.check_disk(store),
         *checks.check_compiler(settings.engine.compile),
         checks.check_traces(settings.observability.traces),
+        *check_settings(settings),
         checks.check_port(settings.router.host, settings.router.port),
         checks.check_hub(),
     ]
@@ -58,7 +61,12 @@ def report(findings: list[Finding], console: Console) -> None:
 
 def diagnose(file: Path | None, console: Console, *, as_json: bool) -> int:
     """Examine this machine for a settings file; 1 when serving can't work here. Raises `XloomError`."""
-    findings = examine(load_settings(file))
+    try:
+        findings = examine(load_settings(file))
+    except XloomError as error:
+        if error.code != "invalid_settings":
+            raise
+        findings = [failed("settings", error)]
     serves = not any(finding.level == "fail" for finding in findings)
     local = any(finding.level == "ok" and finding.check.startswith("backend ") for finding in findings)
     if as_json:

@@ -95,6 +95,9 @@ def show_status(endpoint: Endpoint, console: Console, *, as_json: bool) -> int:
         f"[bold]{escape(str(status.get('model', '')))}[/bold] at {endpoint.url}, {in_flight} requests in flight"
     )
     console.print(replica_table(replicas) if replicas else "No replicas.")
+    failure = status.get("start_failure")
+    if failure and not replicas:
+        console.print(f"[red]The last one did not start:[/red] {escape(str(failure))}", soft_wrap=True)
     adapters = status.get("adapters", [])
     console.print(adapter_table(adapters, replicas=len(replicas)) if adapters else "No adapters.")
     return 0

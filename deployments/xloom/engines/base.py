@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from xloom.engines.kinds import checked
 from xloom.protocol import AdapterRef, EngineStats, MixtureFigures, TokenChunk, TokenRequest, XloomError
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ class LLMBackend(ABC):
     `steps` is the primitive: one list of chunks for each engine step, over all requests. It has one
     reader. Requests are submitted and aborted at any time.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Whoever adds a bundle to a backend without mixtures is refused: the backend itself need not look."""
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("add_adapter")
+        if own is not None:
+            cls.add_adapter = checked(own)  # type: ignore[method-assign,assignment]
 
     @classmethod
     @abstractmethod

@@ -31,12 +31,17 @@ def pair_pages(num_tokens: int, block_size: int) -> int:
     return NULL_PAGES + 2 * math.ceil(num_tokens / block_size)
 
 
-def too_few_pages(num_pages: int, needed: int, max_model_len: int) -> XloomError:
-    """What is wrong with a pool in which a request of the full length can never run."""
+def too_few_pages(num_pages: int, needed: int, max_model_len: int, *, pair: bool = True, size: int = 0) -> XloomError:
+    """What is wrong with a pool in which a request of the full length can never run.
+
+    `pair`: an X-LoRA request, with its scaling sequence; `size`: tokens in a page, where they are known.
+    """
+    request, whose = ("an X-LoRA request", ", its own and its scaling sequence's") if pair else ("a request", "")
+    pages = f"pages of {size} tokens" if size else "pages"
     return XloomError(
         "too_few_pages",
-        f"There are {num_pages} KV pages; an X-LoRA request of max_model_len ({max_model_len} tokens) needs at least "
-        f"{needed} pages, its own and its scaling sequence's.",
+        f"There are {num_pages} KV {pages}; {request} of max_model_len ({max_model_len} tokens) needs at least "
+        f"{needed} pages{whose}.",
         "Lower engine.max_model_len, or raise engine.paged_attention.max_blocks (on a GPU: gpu_memory_fraction).",
     )
 

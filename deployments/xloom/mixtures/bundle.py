@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.files import read_json, read_tensors
 from xloom.mixtures.lora import LoraWeights, read_lora
 from xloom.mixtures.options import MIXING_MODES, RoutingOptions
@@ -19,6 +21,7 @@ from xloom.protocol import XloomError
 PROJECTION_FILE = "xlora_projection.safetensors"
 _PEFT_CLASSIFIER = re.compile(r"(?:.*\.)?internal_xlora_classifier\.layers\.(\d+)\.(weight|bias)")
 _XLORA_CLASSIFIER = re.compile(r"(inner\.\d+|last)\.(weight|bias)")
+_COUNTED = re.compile(r"(.*?)(\d+)")  # adapter_1, adapter_2…: names of the xlora package's examples
 _RESAVE = "Save the bundle anew."
 
 
@@ -52,8 +55,10 @@ def is_bundle(folder: Path) -> bool:
     return str(read_json(folder / "adapter_config.json", "broken_adapter").get("peft_type", "")).upper() == "XLORA"
 
 
-def read_bundle(folder: Path, root: Path | None = None) -> Bundle:
-    """Read a bundle with its adapters.
+def read_bundle(
+    folder: Path, root: Path | None = None, modules: Collection[str] = (), base: BaseWeights | None = None
+) -> Bundle:
+    """Read a bundle with its adapters; `modules` and `base` as for `read_lora`.
 
     An adapter's path in the configuration may be relative to the bundle, and then stays inside `root` (by default the
     folder the bundle lies in), or absolute, which a given `root` confines too. Raises `XloomError`: broken_bundle,
@@ -69,10 +74,11 @@ def read_bundle(folder: Path, root: Path | None = None) -> Bundle:
         if str(config.get("peft_type", "")).upper() != "XLORA":
             message = f"{folder} is not an X-LoRA bundle: its adapter_config.json has no peft_type XLORA."
             raise XloomError("broken_bundle", message, "List a LoRA adapter under adapters instead.")
-        classifier = _peft_classifier(folder)
+        classifier = _peft_classifier(folder, config)
     options, hidden_size = _options(folder, config)
     listed = _listed_adapters(folder, config)
-    folders = [_adapter_folder(folder, number, name, path, root) for number, (name, path) in enumerate(listed)]
+    trained = bool(config.get("use_trainable_adapters", False))
+    folders = [_adapter_folder(folder, number, name, path, root, trained) for number, (name, path) in enumerate(listed)]
     names = [
         path.name if name.isdigit() and not path.name.isdigit() else name
         for (name, _), path in zip(listed, folders, strict=True)
@@ -84,7 +90,7 @@ def read_bundle(folder: Path, root: Path | None = None) -> Bundle:
     return Bundle(
         folder=folder,
         adapter_names=tuple(names),
-        adapters=tuple(read_lora(path) for path in folders),
+        adapters=tuple(_adapter(folder, path, modules, base) for path in folders),
         classifier=classifier,
         hidden_size=hidden_size,
         options=options,
@@ -106,7 +112,10 @@ def _options(folder: Path, config: Mapping[str, Any]) -> tuple[RoutingOptions, i
             mixing_mode=str(config.get("mixing_mode") or "additive"),
         )
         hidden_size = int(config["hidden_size"])
-    except (KeyError, TypeError, ValueError) as error:
+        numbers = (options.temperature, options.scaling_pass_value, options.global_scaling_weight)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a number is not finite")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise XloomError("broken_bundle", f"{folder}: the configuration is wrong: {error!r}.", _RESAVE) from None
     if options.mixing_mode not in MIXING_MODES:
         message = f"{folder}: mixing_mode {options.mixing_mode!r} is none of {', '.join(MIXING_MODES)}."
@@ -118,45 +127,101 @@ def _options(folder: Path, config: Mapping[str, Any]) -> tuple[RoutingOptions, i
 
 
 def _listed_adapters(folder: Path, config: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """Names and paths in the order of the classifier's columns."""
     adapters = config.get("adapters")
     if isinstance(adapters, dict) and adapters:
         listed = [(str(name), None if path is None else str(path)) for name, path in adapters.items()]
-    elif isinstance(adapters, list) and adapters:  # the xlora package's form for adapters trained with the classifier
-        listed = [(str(name), None) for name in adapters]
-    else:  # PEFT keeps adapters in numbered sub-folders
-        numbered = sorted(int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit())
-        listed = [(str(number), None) for number in numbered]
-    if not listed:
-        message = f"{folder} names no adapters and has no numbered sub-folders."
-        raise XloomError("broken_bundle", message, 'List them in the configuration\'s "adapters".')
-    if all(name.isdigit() for name, _ in listed):
-        # PEFT sorts the keys as text when it saves, so "10" comes before "2"; the classifier's columns are numeric.
-        listed.sort(key=lambda entry: int(entry[0]))
-    return listed
+        peft = not (folder / "xlora_config.json").is_file()  # the xlora package keeps the order it was given
+        return _by_number(folder, listed) if peft and all(name.isdecimal() for name, _ in listed) else listed
+    if isinstance(adapters, list) and adapters:  # the xlora package's form, in the order of the columns
+        if len(set(map(str, adapters))) != len(adapters):
+            raise XloomError("broken_bundle", f"{folder} lists an adapter twice.", "List each adapter once.")
+        return [(str(name), None) for name in adapters]
+    # PEFT keeps adapters in numbered sub-folders; the xlora package in `adapters`, under the names they were given.
+    for place in (folder, folder / "adapters"):
+        names = [entry.name for entry in place.glob("*") if (entry / "adapter_config.json").is_file()]
+        names = [name for name in names if name.isdecimal()] or names
+        if names:
+            return [(name, None) for name in _counted(folder, names)]
+    message = f"{folder} names no adapters and has no numbered sub-folders."
+    raise XloomError("broken_bundle", message, 'List them in the configuration\'s "adapters".')
 
 
-def _adapter_folder(folder: Path, number: int, name: str, path: str | None, root: Path | None) -> Path:
+def _by_number(folder: Path, listed: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Adapters named by number, in their columns' order.
+
+    PEFT sorts the keys as text when it saves, so "10" comes before "2"; the classifier's columns are numeric. Given
+    keys in another order, PEFT (0.21, XLoraModel) loads the i-th under the name i and takes the columns in the keys'
+    order. Where both readings differ, nothing says which of them the classifier was trained with.
+    """
+    names = [name for name, _ in listed]
+    numeric = sorted(listed, key=lambda entry: int(entry[0]))
+    if names == sorted(names) or names == [name for name, _ in numeric]:
+        return numeric
+    if sorted(map(int, names)) == list(range(len(names))) and [listed[int(name)] for name in names] == numeric:
+        return numeric
+    message = f"{folder}: its adapters are numbered in the order {', '.join(names)}, which PEFT shuffles."
+    raise XloomError("broken_bundle", message, 'List them as "0", "1", … in the order of the classifier\'s columns.')
+
+
+def _counted(folder: Path, names: list[str]) -> list[str]:
+    """Sub-folders whose names end in consecutive numbers, from 0 or 1, by number. Raises `XloomError` for others."""
+    numbers = {int(match[2]): name for name in names if (match := _COUNTED.fullmatch(name))}
+    stems = {match[1] for name in names if (match := _COUNTED.fullmatch(name))}
+    first = min(numbers, default=0)
+    if len(stems) == 1 and first in (0, 1) and sorted(numbers) == list(range(first, first + len(names))):
+        return [numbers[number] for number in sorted(numbers)]
+    message = f"{folder} does not say in which order its adapters {', '.join(sorted(names))[:200]} come."
+    raise XloomError("broken_bundle", message, "List them in the configuration's \"adapters\", in the columns' order.")
+
+
+def _adapter_folder(folder: Path, number: int, name: str, path: str | None, root: Path | None, trained: bool) -> Path:
+    """Where an adapter lies: at its path, as PEFT has it, but inside the bundle where it was `trained` with it."""
     bundle = folder.resolve()
-    place = name if name.isdigit() else str(number)
-    inside = [bundle / place, bundle / "adapters" / name, bundle / name]
+    place = bundle / (name if name.isdecimal() else str(number))
+    named = [bundle / "adapters" / name, bundle / name]  # what a path leads to is fetched to the first
+    inside = [place, *named] if trained or (name.isdecimal() and path is None) else [*named, place]
+    found = None
     if path is not None:
         written = Path(path)
-        found = (written if written.is_absolute() else bundle / written).resolve()
+        resolved = (written if written.is_absolute() else bundle / written).resolve()
         limit = root.resolve() if root is not None else None if written.is_absolute() else bundle.parent
-        escapes = limit is not None and not found.is_relative_to(limit)
+        escapes = limit is not None and not resolved.is_relative_to(limit)
         if escapes and ".." in written.parts:
             message = f"{folder}: the path of adapter {name!r}, {path!r}, leads out of {limit}."
             raise XloomError("broken_bundle", message, "Keep a bundle's adapters beside it or inside it.")
-        if not escapes and found.is_dir():
+        found = resolved if not escapes and resolved.is_dir() else None
+        if found and not trained:
             return found
     for candidate in inside:
         if (candidate / "adapter_config.json").is_file() and candidate.resolve().is_relative_to(bundle):
             return candidate
+    if found:
+        return found
     raise XloomError(
         "broken_bundle",
-        f"{folder}: the folder of adapter {name!r} is missing ({path or place}).",
-        f"Put the adapter into the bundle as sub-folder {place}, or mend its path in the configuration.",
+        f"{folder}: the folder of adapter {name!r} is missing ({path or place.name}).",
+        f"Put the adapter into the bundle as sub-folder {place.name}, or mend its path in the configuration.",
     )
+
+
+def _adapter(folder: Path, path: Path, modules: Collection[str], base: BaseWeights | None) -> LoraWeights:
+    try:
+        return read_lora(path, modules, base, in_bundle=True)
+    except XloomError as error:
+        if error.code == "pickle_refused" or not _saved_by_peft(path):
+            raise
+        cure = (
+            "PEFT's save_pretrained damages the adapters that it saves with an X-LoRA model: put the folders they were "
+            "trained in in place of the bundle's own sub-folders."
+        )
+        raise XloomError(error.code, error.message, cure) from None
+
+
+def _saved_by_peft(path: Path) -> bool:
+    """Whether a folder is one that PEFT saved with an X-LoRA model: it holds tensors of the model around it."""
+    tensors = read_tensors(path / "adapter_model.safetensors", "broken_adapter")
+    return any("internal_xlora_classifier." in key or key.startswith("base_model.lora_model.") for key in tensors)
 
 
 def _linears(folder: Path, layers: Mapping[Any, Mapping[str, torch.Tensor]], order: list[Any]) -> list[Linear]:
@@ -176,7 +241,7 @@ def _linears(folder: Path, layers: Mapping[Any, Mapping[str, torch.Tensor]], ord
     return linears
 
 
-def _peft_classifier(folder: Path) -> tuple[Linear, ...]:
+def _peft_classifier(folder: Path, config: Mapping[str, Any]) -> tuple[Linear, ...]:
     """peft.tuners.xlora.classifier.XLoraClassifier: `layers` is a Sequential of Linear, ReLU, (Dropout)."""
     tensors = read_tensors(folder / "adapter_model.safetensors", "broken_bundle")
     layers: dict[int, dict[str, torch.Tensor]] = {}
@@ -184,14 +249,16 @@ def _peft_classifier(folder: Path) -> tuple[Linear, ...]:
         match = _PEFT_CLASSIFIER.fullmatch(key)
         if match:
             layers.setdefault(int(match[1]), {})[match[2]] = tensor
-    if 0 not in layers:
+    depth = config.get("xlora_depth") or len(layers)
+    if 0 not in layers or len(layers) != depth:
         # PEFT >= 0.20 drops, on saving, the classifier tensors whose layer number equals an adapter's name ("0").
         raise XloomError(
             "broken_bundle",
-            f"{folder / 'adapter_model.safetensors'} holds no first layer of the classifier. PEFT 0.20 and later drop "
-            "it when they save an X-LoRA model.",
+            f"{folder / 'adapter_model.safetensors'} lacks layers of the classifier: it holds "
+            f"{', '.join(map(str, sorted(layers))) or 'none'}, and its depth is {depth}. PEFT 0.20 and later drop some "
+            "when they save an X-LoRA model.",
             "Save it with PEFT 0.19, or write model.base_model.internal_xlora_classifier.state_dict() into the file "
-            "yourself with the prefix base_model.internal_xlora_classifier.",
+            "yourself with the prefix base_model.internal_xlora_classifier.; keep the adapters' own folders.",
         )
     return tuple(_linears(folder, layers, sorted(layers)))
 

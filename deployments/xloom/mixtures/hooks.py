@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xloom.mixtures.lora import read_lora
 from xloom.mixtures.mixing import gated_delta, rank_gates
-from xloom.mixtures.prepare import XLORA_FILE
+from xloom.mixtures.options import XLORA_FILE
 from xloom.mixtures.routing import Routing
 from xloom.protocol import XloomError
 

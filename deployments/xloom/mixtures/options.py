@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+XLORA_FILE = "xlora.json"  # of a prepared bundle: its routing, with these options
 MIXING_MODES = ("additive", "concatenate", "gated")
 PASSES = (1, 2)
 PREFILLS = ("exact", "lagged")

@@ -17,16 +17,18 @@ import msgspec
 import torch
 from safetensors.torch import save_file
 
+from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.bundle import Bundle, read_bundle
-from xloom.mixtures.lora import PREFIX, LoraWeights, read_lora
-from xloom.mixtures.options import MIXING_MODES, PASSES, PREFILLS, RoutingOptions
+from xloom.mixtures.lora import LoraWeights, read_lora
+from xloom.mixtures.options import MIXING_MODES, PASSES, PREFILLS, XLORA_FILE, RoutingOptions
+from xloom.mixtures.overflow import check_range, largest_gate
+from xloom.mixtures.targets import PREFIX
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 
 Shapes = Mapping[str, tuple[int, int]]
 Segments = list[list[tuple[int, int]]]
 Stacked = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
-XLORA_FILE = "xlora.json"
 ROUTER_FILE = "xlora_router.safetensors"
 FORMAT = 1
 
@@ -40,12 +42,15 @@ class Prepared:
     size: int
 
 
-def prepare_lora(folder: Path, modules: Shapes, out: Path, *, max_rank: int) -> Prepared:
+def prepare_lora(
+    folder: Path, modules: Shapes, out: Path, *, max_rank: int, base: BaseWeights | None = None
+) -> Prepared:
     """Check a LoRA folder against the base model's `modules` and write it to `out`, normalised.
 
+    `base` is what tensors of the base model that ride along are compared with; without it they are refused.
     Raises `XloomError` as `read_lora` and `LoraWeights.check` do.
     """
-    weights = read_lora(folder)
+    weights = read_lora(folder, modules, base)
     weights.check(modules, max_rank)
     config = {
         "r": weights.r,
@@ -67,13 +72,14 @@ def prepare_bundle(
     max_rank: int,
     overrides: Overrides = NO_OVERRIDES,
     root: Path | None = None,
+    base: BaseWeights | None = None,
 ) -> Prepared:
     """Check a bundle against the base model, stack its adapters along the rank and write it to `out`.
 
     Raises `XloomError`: broken_bundle, invalid_override, unsupported_target, wrong_base, wrong_shape, rank_too_large,
     and what reading raises.
     """
-    bundle = read_bundle(folder, root)
+    bundle = read_bundle(folder, root, modules, base)
     for adapter in bundle.adapters:
         adapter.check(modules, max_rank)
         if "lm_head" in adapter.tensors:
@@ -94,7 +100,9 @@ def prepare_bundle(
             f"the limit is {max_rank}.",
             "Raise store.max_rank (at most 512), or use fewer adapters or adapters of lower rank.",
         )
+    gate = largest_gate(folder, [(layer.weight, layer.bias) for layer in bundle.classifier], options)
     stacked = _stack(bundle, options, targeted)
+    check_range(folder, "broken_bundle", {name: (a, b, 1.0) for name, (a, b) in stacked.items()}, gate)
     patterns = {name: rank for name, rank in zip(targeted, ranks, strict=True) if rank != max(ranks)}
     config = {
         "r": max(ranks),
@@ -192,7 +200,10 @@ def _stack(bundle: Bundle, options: RoutingOptions, targeted: list[str]) -> Stac
                 adapter.tensors[name][1].float() * (adapter.scale(name) * options.global_scaling_weight)
                 for adapter in adapters
             ]
-            b = torch.cat(scaled, dim=1).to(dtype)
+            b = torch.cat(scaled, dim=1)
+            narrow = b.to(dtype)
+            # A scale that is no power of two would have B rounded a second time: it then stays in float32.
+            b = narrow if torch.equal(narrow.float(), b) else b
         stacked[name] = (a, b)
     return stacked
 

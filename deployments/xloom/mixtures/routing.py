@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xloom.mixtures.prepare import FORMAT, ROUTER_FILE, XLORA_FILE
+from xloom.mixtures.options import XLORA_FILE
+from xloom.mixtures.prepare import FORMAT, ROUTER_FILE
 from xloom.protocol import XloomError
 
 

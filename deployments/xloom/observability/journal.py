@@ -21,6 +21,8 @@ from xloom.protocol import TokenChunk, TokenRequest
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
+logger = logging.getLogger(__name__)
+
 Component = Literal["router", "replica"]
 
 _CHAT = re.compile(r"(\d+_)?(chatcmpl|resp|msg)")  # how vLLM's ids of chat requests begin; n > 1 puts a number before
@@ -54,6 +56,18 @@ class Journal:
 
     def begin(self, request: TokenRequest) -> TokenRequest:
         """A request came; returns it as it goes on from here, with the trace it belongs to."""
+        try:
+            return self._begin(request)
+        except Exception:
+            self._give_up(request.request_id)
+            return request
+
+    def _give_up(self, request_id: str) -> None:
+        """What can't be recorded is no fault of the request's, and none of the others in its step."""
+        self._records.pop(request_id, None)
+        logger.exception("the record of request %s was given up", request_id)
+
+    def _begin(self, request: TokenRequest) -> TokenRequest:
         in_replica = self._component == "replica"
         record = _RequestRecord(request, time.monotonic(), self._member if in_replica else "")
         self._records[request.request_id] = record
@@ -83,7 +97,9 @@ class Journal:
         if self._component == "replica":
             about["xloom.replica.id"] = self._member
         given = request.sampling
-        return about | {f"gen_ai.request.{name}": given[name] for name in _SAMPLING if given.get(name) is not None}
+        return about | {
+            f"gen_ai.request.{name}": _attribute(given[name]) for name in _SAMPLING if given.get(name) is not None
+        }
 
     def _model(self, request: TokenRequest) -> tuple[str, str]:
         return (request.adapter.name, request.adapter.kind) if request.adapter else (self._base, "base")
@@ -126,13 +142,19 @@ class Journal:
             record = self._records.get(chunk.request_id)
             if record is None:
                 continue
-            if record.first is None and chunk.token_ids:
-                record.first, record.cached = time.monotonic(), chunk.num_cached_tokens
-                if record.span is not None:
-                    record.span.add_event("first_token")
-            record.generated += len(chunk.token_ids)
-            if chunk.finish_reason is not None:
-                self.end(chunk.request_id, chunk.finish_reason)
+            try:
+                self._take(record, chunk)
+            except Exception:
+                self._give_up(chunk.request_id)
+
+    def _take(self, record: _RequestRecord, chunk: TokenChunk) -> None:
+        if record.first is None and chunk.token_ids:
+            record.first, record.cached = time.monotonic(), chunk.num_cached_tokens
+            if record.span is not None:
+                record.span.add_event("first_token")
+        record.generated += len(chunk.token_ids)
+        if chunk.finish_reason is not None:
+            self.end(chunk.request_id, chunk.finish_reason)
 
     # Its end.
 
@@ -141,6 +163,12 @@ class Journal:
         record = self._records.pop(request_id, None)
         if record is None:
             return
+        try:
+            self._end(record, request_id, outcome, error)
+        except Exception:
+            self._give_up(request_id)
+
+    def _end(self, record: _RequestRecord, request_id: str, outcome: str, error: str | None) -> None:
         to_first = None if record.first is None else record.first - record.began
         if record.span is not None:
             self._end_span(record, record.span, outcome, error, to_first)
@@ -186,6 +214,11 @@ class Journal:
             span.set_attribute("error.type", error)
             span.set_status(StatusCode.ERROR, error)
         span.end()
+
+
+def _attribute(value: Any) -> Any:
+    """An integer beyond 64 bits with a sign would cost every span of its batch: OTLP has no such attribute."""
+    return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
 def journal_for(

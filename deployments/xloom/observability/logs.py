@@ -169,9 +169,15 @@ def configure(settings: LogSettings, component: str, member: str, secrets: Itera
 
 
 def adopt(*names: str) -> None:
-    """Have these libraries' loggers write where xloom's write, instead of where they chose; after their import."""
+    """Have these libraries' loggers write where xloom's write, instead of where they chose; after their import.
+
+    A library without a level of its own gets xloom's: the root logger's is set by whoever calls `basicConfig` first.
+    """
+    level = logging.getLogger("xloom").level
     for name in names:
         logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(level)
         logger.handlers = list(_handlers)
         logger.propagate = False
 

@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from xloom.protocol import XloomError
+from xloom.settings_file import TEXT_FILES
 
 LENGTH = 512  # tokens in a window
 SHARE = 16  # one document in so many is held out
-FILES = (".txt", ".json", ".jsonl")
 SAMPLE = "sample"
+TURNS = ("messages", "conversations", "conversation", "dialog", "turns")  # OpenAI's, ShareGPT's, and others'
+SAID = ("content", "value", "text")  # in a turn
+FIELDS = (  # of a record without turns; those that are there are read one after another
+    ("text",),
+    ("content",),
+    ("instruction", "input", "output"),
+    ("prompt", "completion", "response"),
+    ("question", "answer"),
+)
 
 Texts = list[list[str]]  # documents by domain
 
@@ -100,9 +109,20 @@ def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     return encode
 
 
+def located(calibration: str) -> str:
+    """The same text wherever a process runs: a file by its whole path. Raises `XloomError` (no_calibration)."""
+    file = _file(calibration)
+    return calibration if file is None else str(file.resolve())
+
+
+def is_local(calibration: str) -> bool:
+    """Whether the text is read from a file, not made or fetched."""
+    return calibration != SAMPLE and Path(calibration).suffix in TEXT_FILES
+
+
 def _file(calibration: str) -> Path | None:
     path = Path(calibration).expanduser()
-    if path.suffix not in FILES:
+    if path.suffix not in TEXT_FILES:
         return None
     if not path.is_file():
         raise XloomError("no_calibration", f"There is no file {path}.", "Set isq.calibration to an existing file.")
@@ -111,31 +131,69 @@ def _file(calibration: str) -> Path | None:
 
 def _file_texts(file: Path) -> Iterator[str]:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".txt":
             yield from content.split("\n\n")
-        elif file.suffix == ".jsonl":
-            yield from (_text_of(json.loads(line)) for line in content.splitlines() if line.strip())
+            return
+        if file.suffix == ".jsonl":
+            lines = enumerate(content.split("\n"), start=1)
+            records = [(f"line {number}", json.loads(line)) for number, line in lines if line.strip()]
         else:
             entries = json.loads(content)
-            yield from (_text_of(entry) for entry in (entries if isinstance(entries, list) else [entries]))
-    except (OSError, ValueError) as error:
-        raise XloomError("no_calibration", f"{file} can't be read: {error}", "Mend the file.") from None
+            listed = entries if isinstance(entries, list) else [entries]
+            records = [(f"entry {number}", entry) for number, entry in enumerate(listed, start=1)]
+    except (OSError, ValueError, RecursionError) as error:
+        told = error if str(error) else type(error).__name__
+        raise XloomError("no_calibration", f"{file} can't be read: {told}", "Mend the file.") from None
+    for place, record in records:
+        yield _text_of(record, f"{file}, {place}")
 
 
-def _text_of(entry: Any) -> str:
-    """The text of a record: itself, its `text`, its chat `messages`, or its first field of text."""
-    if isinstance(entry, str):
-        return entry
+def _text_of(entry: Any, place: str) -> str:
+    """The text of a record: itself, its turns, or its fields of text. Raises `XloomError` (no_calibration).
+
+    Never a guess: ids or dates would make the model ready for ids and dates.
+    """
+    text = entry if isinstance(entry, str) else None
     if isinstance(entry, dict):
-        if isinstance(entry.get("text"), str):
-            return str(entry["text"])
-        if isinstance(entry.get("messages"), list):
-            return "\n".join(str(message.get("content", "")) for message in entry["messages"])
-        for value in entry.values():
-            if isinstance(value, str):
-                return value
-    return ""
+        turns = next((entry[name] for name in TURNS if isinstance(entry.get(name), list)), None)
+        if turns is not None:
+            text = "\n".join(filter(None, (_turn_text(turn, place) for turn in turns)))
+        else:
+            fields = next((names for names in FIELDS if any(entry.get(name) for name in names)), ())
+            parts = [entry[name] for name in fields if entry.get(name)]
+            if fields and all(isinstance(part, str) for part in parts):
+                text = "\n".join(parts)
+            elif any(name in entry for names in FIELDS for name in names) and not parts:
+                text = ""  # a record whose text is empty or null
+    if text is None:
+        raise _no_text(entry, place)
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is no text to a tokenizer
+
+
+def _turn_text(turn: Any, place: str) -> str:
+    """What is said in one turn of a conversation; nothing where it calls a tool."""
+    if isinstance(turn, str):
+        return turn
+    if not isinstance(turn, dict) or not any(name in turn for name in SAID):
+        raise _no_text(turn, place)
+    said = next((turn[name] for name in SAID if turn.get(name) is not None), "")
+    if isinstance(said, list):  # parts, of which images and the like are no text
+        parts = [part.get("text") if isinstance(part, dict) else part for part in said]
+        return "\n".join(part for part in parts if isinstance(part, str))
+    if not isinstance(said, str):
+        raise _no_text(turn, place)
+    return said
+
+
+def _no_text(entry: Any, place: str) -> XloomError:
+    has = f"the fields {', '.join(map(repr, entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
+    fields = "; ".join(" and ".join(names) for names in FIELDS)
+    return XloomError(
+        "no_calibration",
+        f"{place} has no text that is known as such: {has}.",
+        f"Records are texts, turns ({', '.join(TURNS)}), or hold {fields}.",
+    )
 
 
 def _dataset_texts(name: str) -> Iterator[str]:
@@ -150,10 +208,12 @@ def _dataset_texts(name: str) -> Iterator[str]:
         for number, entry in enumerate(dataset):
             if number >= 20_000:
                 return
-            yield _text_of(entry)
+            yield _text_of(entry, f"{name}, row {number + 1}")
+    except XloomError:
+        raise
     except Exception as error:  # the hub's and the reader's errors have no common class
         raise XloomError(
             "no_calibration",
-            f"isq.calibration {name!r} is neither a {', '.join(FILES)} file nor a dataset that can be read: {error}",
+            f"isq.calibration {name!r} is no {', '.join(TEXT_FILES)} file, nor a dataset that can be read: {error}",
             "Name an existing file or dataset, or sample.",
         ) from None

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from xloom.mixtures.lora import PREFIX
+from xloom.mixtures.targets import PREFIX
 
 # Beside the quantised weights, in a folder of its own: vLLM takes every safetensors file next to them for weights.
 FOLDING_FILE = "xloom/folding.safetensors"

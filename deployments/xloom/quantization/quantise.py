@@ -30,7 +30,7 @@ from xloom.settings import IsqSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of what is written: raised when the same settings come to give other files
+FORMAT = 3  # of what is written: raised when the same settings come to give other files
 LOG_TAIL = 2000  # characters of the worker's log that an error shows
 
 Report = Callable[[str, int, int], None]  # stage, parts done, parts
@@ -87,6 +87,8 @@ def plan(model: PlainModel, isq: IsqSettings, device: str, ranks: int = 1) -> Pl
         "versions": overlay.versions(),
     }
     if recipe.calibrates:
+        if calibration.is_local(isq.calibration):
+            calibration.documents(isq.calibration, held_out=False)  # before the model is loaded for it
         parts |= {"calibration": calibration.fingerprint(isq.calibration), "samples": isq.calibration_samples}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return Plan(model, recipe, sizes, key)
@@ -124,13 +126,13 @@ def _job(plan: Plan, isq: IsqSettings, device: str, out: Path) -> Job:
         groups = [(size, [rf"re:.*\.{kind}$" for kind, own in plan.sizes.items() if own == size]) for size in sizes]
     return Job(
         model=str(plan.model.folder),
-        out=str(out),
+        out=str(out.resolve()),  # the worker runs in a folder of its own
         device=device,
         dtype=plan.model.dtype,
         recipe=plan.recipe,
         groups=groups,
         ignore=list(plan.model.ignored),
-        calibration=isq.calibration,
+        calibration=calibration.located(isq.calibration),
         samples=isq.calibration_samples,
     )
 
@@ -151,18 +153,24 @@ def _work(job: Job, tell: Report) -> None:
                 cwd=folder,
                 text=True,
             )
-        done = False
+        done, refusal = False, None
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 with contextlib.suppress(ValueError):
                     message = json.loads(line)
+                    if "error" in message:
+                        code, *told = message["error"]
+                        refusal = XloomError(code, *told)
+                        continue
                     done = message["stage"] == "done"
                     tell(message["stage"], message["done"], message["total"])
             code = process.wait()
         finally:
             process.kill()  # on an exception here; one that has ended is not there to kill
             process.communicate()
+        if refusal is not None:
+            raise refusal
         if code != 0 or not done:
             tail = log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
             ended = f"by signal {-code}" if code < 0 else f"with code {code}"

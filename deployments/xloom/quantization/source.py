@@ -53,6 +53,12 @@ def plain_model(model: ModelSettings) -> PlainModel:
         raise XloomError(code, f"{folder} has no safetensors weights.", "Save the model's weights as safetensors.")
     modules = linear_modules(str(folder))
     linears = {name: shape for name, shape in modules.items() if ".layers." in f".{name}."}
+    if not linears:
+        raise XloomError(
+            "isq_unsupported_model",
+            f"{model.source} has no linear layers in its decoder that could be quantised.",
+            "Leave isq out, or use another model.",
+        )
     count, dtype = _count(files)
     ours = sum(rows * columns for rows, columns in linears.values())
     return PlainModel(

@@ -19,11 +19,16 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from xloom.protocol import XloomError
 from xloom.quantization import calibration
+from xloom.quantization.feeding import Fold, cancelling, logits, norm_folds
 from xloom.quantization.folding import FOLDING_FILE
 from xloom.quantization.job import Job, read_job
+from xloom.quantization.layers import check_layers
 
 BATCH = 8  # windows
+SAMPLE = 16  # tokens
+FOLDED_APART, NARROW_APART = 0.01, 0.1  # of the largest logit, in float32 and in 16 bits
 TEXT_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # what a tokenizer may be made of
 WRITTEN = ("config.json",)  # and the weights with their index: not the source's any more
 
@@ -44,6 +49,11 @@ class Progress:
         """One part of a stage is done."""
         self._done += 1
         self._write(name)
+
+    def refuse(self, error: XloomError) -> None:
+        """It is not done, for a reason that the user can act on."""
+        self._stream.write(json.dumps({"error": [error.code, error.message, error.cure, error.status]}) + "\n")
+        self._stream.flush()
 
     def _write(self, stage: str) -> None:
         done = min(self._done, self._total)
@@ -81,14 +91,22 @@ def load(job: Job) -> Any:
     return model
 
 
-def batches(job: Job, positions: int) -> list[dict[str, Tensor]]:
-    """The calibration windows, by batch; the model has `positions`."""
-    from transformers import AutoTokenizer
+def batches(job: Job) -> list[dict[str, Tensor]]:
+    """The calibration windows, by batch. Raises `XloomError` (no_calibration)."""
+    from transformers import AutoConfig, AutoTokenizer
 
+    text = AutoConfig.from_pretrained(job.model, trust_remote_code=False).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or calibration.LENGTH
     tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
     texts = calibration.documents(job.calibration, held_out=False)
     length = min(calibration.LENGTH, positions)
     windows = calibration.windows(texts, calibration.encoder(tokenizer), job.samples, length)
+    if not any(windows):
+        raise XloomError(
+            "no_calibration",
+            f"isq.calibration {job.calibration!r} is no text to the model's tokenizer.",
+            "Name a file with more text, or sample.",
+        )
     made = []
     for start in range(0, len(windows), BATCH):
         rows = windows[start : start + BATCH]
@@ -98,7 +116,7 @@ def batches(job: Job, positions: int) -> list[dict[str, Tensor]]:
     return made
 
 
-def modifiers(job: Job) -> list[Any]:
+def modifiers(job: Job, model: Any, data: list[dict[str, Tensor]]) -> list[Any]:
     """llmcompressor's modifiers for the recipe; llmcompressor 0.14."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -126,8 +144,36 @@ def modifiers(job: Job) -> list[Any]:
     if recipe.method == "awq":
         return [AWQModifier(), rounding]
     if recipe.method == "smoothquant":
-        return [SmoothQuantModifier(), rounding]
+        # Not the library's own mappings, which go by names: Gemma's post_attention_layernorm feeds no linear.
+        folds = norm_folds(model, sample(data), job.ignore)
+        if not folds:
+            raise ValueError("SmoothQuant: no norm of this model feeds linears alone. Use isq.method gptq or rtn.")
+        return [SmoothQuantModifier(mappings=[(list(fold.behind), fold.smooth) for fold in folds]), rounding]
     return [rounding]
+
+
+def sample(data: list[dict[str, Tensor]]) -> Tensor:
+    """A few tokens `[1, SAMPLE]` to run the model on."""
+    return data[0]["input_ids"][:1, :SAMPLE]
+
+
+def keep_cancelling(model: nn.Module, ids: Tensor) -> None:
+    """Have AWQ fold only where a fold leaves the model as it is; its mappings go by names.
+
+    Relied on: AWQModifier._set_resolved_mappings, ._resolved_mappings; llmcompressor 0.14.
+    """
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    resolve = AWQModifier._set_resolved_mappings
+
+    def resolve_cancelling(modifier: Any, resolved: Any) -> None:
+        resolve(modifier, resolved)
+        folds = [Fold(each.smooth_name, tuple(each.balance_names)) for each in modifier._resolved_mappings]
+        kept = set(cancelling(model, ids, folds))
+        pairs = zip(folds, modifier._resolved_mappings, strict=True)
+        modifier._resolved_mappings = [mapping for fold, mapping in pairs if fold in kept]
+
+    AWQModifier._set_resolved_mappings = resolve_cancelling
 
 
 class Folds:
@@ -214,17 +260,39 @@ def quantise(job: Job, model: Any, data: list[dict[str, Tensor]], progress: Prog
     LifecycleCallbacks.sequential_epoch_end = epoch_end
     folds = Folds(model)
     folds.record()
+    if job.recipe.method == "awq":
+        keep_cancelling(model, sample(data))
+    recipe = modifiers(job, model, data)
+    plain = logits(model, sample(data)) if job.recipe.smooths else None
     layers = model.config.num_hidden_layers
     progress.stage("quantise", layers + 1 + job.recipe.smooths if data else 1)
     oneshot(
         model=model,
-        recipe=modifiers(job),
+        recipe=recipe,
         # A loader of whole batches; without it the pipeline is the one that needs no data.
         dataset=DataLoader(data, batch_size=None) if data else None,  # type: ignore[arg-type]
         num_calibration_samples=job.samples,
         moe_calibrate_all_experts=False,
     )
+    if plain is not None:
+        check_folded(model, sample(data), plain)
     return folds
+
+
+def check_folded(model: nn.Module, ids: Tensor, plain: Tensor) -> None:
+    """Hold a quantised model, its rounding switched off, against its own base: what is folded must have cancelled.
+
+    Raises `ValueError`.
+    """
+    from compressed_tensors.quantization import disable_quantization, enable_quantization
+
+    model.apply(disable_quantization)
+    folded = logits(model, ids)
+    model.apply(enable_quantization)
+    apart = ((folded - plain).abs().max() / plain.abs().max()).item()
+    limit = FOLDED_APART if next(model.parameters()).dtype == torch.float32 else NARROW_APART
+    if not apart <= limit:
+        raise ValueError(f"The folded model is not its base any more: its logits are {apart:.1%} apart.")
 
 
 def narrow(job: Job, model: Any) -> None:
@@ -274,18 +342,29 @@ def save(job: Job, model: Any, folding: dict[str, Tensor]) -> None:
 
 
 def main(file: str) -> None:
-    """Do the job in a file. Its result is in the folder the job names, and the last line of progress says `done`."""
+    """Do the job in a file. Its result is in the folder the job names, and the last line of progress says `done`.
+
+    What is refused is told as an `error`: the parts of the `XloomError`.
+    """
     progress = Progress(own_stdout())
     end_with_parent()
-    job = read_job(Path(file))
+    try:
+        work(read_job(Path(file)), progress)
+    except XloomError as error:
+        progress.refuse(error)
+
+
+def work(job: Job, progress: Progress) -> None:
+    """From the plain model to the files of the quantised one. Raises `XloomError`."""
     torch.manual_seed(0)
     start = time.perf_counter()
-    progress.stage("load")
-    model = load(job)
+    check_layers(job)
     data: list[dict[str, Tensor]] = []
     if job.recipe.calibrates:
         progress.stage("calibration text")
-        data = batches(job, model.config.max_position_embeddings)
+        data = batches(job)
+    progress.stage("load")
+    model = load(job)
     folds = quantise(job, model, data, progress)
     progress.stage("save")
     narrow(job, model)

@@ -23,6 +23,7 @@ from xloom.replica.mixture_metrics import MixtureMetrics
 from xloom.replica.reconcile import Reconciler
 from xloom.replica.server import ReplicaServer
 from xloom.settings import Settings
+from xloom.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from xloom.adapters.client import StoreClient
@@ -47,6 +48,7 @@ class EngineReplica:
         os.environ.setdefault("VLLM_LOGGING_COLOR", "0")  # it takes Serve's log file for a terminal
         self._drain_timeout_s = settings.replicas.drain_timeout_s
         self._closed = False
+        self._watchdog = Watchdog(settings.replicas.stuck_timeout_s)  # of the engine's processes too
         kind = backend_for(settings)
         self._backend: LLMBackend = await kind.load(
             settings.model,
@@ -63,7 +65,14 @@ class EngineReplica:
         self._tracing = traces.start(watch.traces, "replica", self._replica_id)
         base, lines = settings.model.served_name, watch.logs.requests
         journal = journal_for("replica", self._replica_id, base, lines=lines, tracing=self._tracing)
-        self._server = ReplicaServer(self._backend, self._replica_id, token, self._reconciler, journal)
+        self._server = ReplicaServer(
+            self._backend,
+            self._replica_id,
+            token,
+            self._reconciler,
+            journal,
+            silent_after_s=settings.replicas.stuck_timeout_s,
+        )
         self._reconciler.users = self._server.users
         self._reconciler.on_change = self._server.report
         self._server.on_report = EngineMetrics(RECORDER, self._replica_id).take
@@ -90,6 +99,7 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Raise when the engine is dead; Serve then starts another replica."""
+        self._watchdog.ensure()
         self._server.check()
         await self._backend.check_health()
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import Protocol
 
+from xloom.deadline import limited
 from xloom.engines.base import LLMBackend
 from xloom.observability import table
 from xloom.observability.table import Metric
@@ -14,6 +15,7 @@ from xloom.protocol import MixtureFigures
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
+ANSWER_S = 30.0  # the engine answers between two steps
 
 
 class Counters(Protocol):
@@ -49,7 +51,8 @@ class MixtureMetrics:
     async def read(self) -> None:
         """Ask once. Metrics are no reason to fail: an engine that has died is found by its health check."""
         try:
-            figures = await self._backend.mixture()
+            async with limited(ANSWER_S, "The engine", "X-LoRA's figures"):
+                figures = await self._backend.mixture()
             if figures is not None:
                 self._count(figures)
             self._failing = False

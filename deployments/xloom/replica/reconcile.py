@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
 from xloom.adapters.adapter_cache import AdapterCache
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, Refusal
+from xloom.deadline import limited
 from xloom.engines.base import LLMBackend
 from xloom.observability import table
 from xloom.observability.recorder import RECORDER, Recorder
@@ -22,7 +23,13 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 10.0  # one long poll
 REPORT_S = 3.0  # and at once after a change
-RETRY_S = 1.0  # after a failure that may pass
+RETRY_S = 1.0  # after a failure that may pass; twice as long after each further one
+MAX_RETRY_S = 60.0
+TOLD_AFTER = 3  # such failures in a row
+LOAD_S = 120.0  # an engine may have this long to take an adapter,
+VERIFY_S = 600.0  # to prove one,
+REMOVE_S = 60.0  # to let go of one
+UNWANTED_S = 3.0  # a router may know of an adapter sooner than a replica, by so much
 IN_USE_POLL_S = 0.05
 
 
@@ -79,9 +86,19 @@ class Reconciler:
         return self._version >= 0 and all(ref in self._resident or ref in self._failed for ref in self._wanted)
 
     async def arrival(self, ref: AdapterRef) -> bool:
-        """Wait for an adapter: True once it is resident, False when the engine refused it."""
+        """Wait for an adapter: True once it is resident, False when it was refused or the store has it no more."""
+
+        def decided() -> bool:
+            return ref in self._resident or ref in self._failed
+
         async with self._settled:
-            await self._settled.wait_for(lambda: ref in self._resident or ref in self._failed)
+            while not decided():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(UNWANTED_S):
+                        await self._settled.wait_for(lambda: decided() or ref in self._wanted)
+                if not decided() and ref not in self._wanted:
+                    return False
+                await self._settled.wait_for(lambda: decided() or ref not in self._wanted)
         return ref in self._resident
 
     async def close(self) -> None:
@@ -110,52 +127,61 @@ class Reconciler:
                 await self._notify()
 
     def _reconcile(self) -> None:
-        """Load what is missing, unload what is not wanted; one task per adapter, so that none blocks another."""
+        """See to each adapter that is not as wanted; one task for each, so that none blocks another."""
         for ref in [ref for ref in self._failed if ref not in self._wanted]:
             del self._failed[ref]
-        for ref, entry in self._wanted.items():
-            if ref not in self._resident and ref not in self._failed:
-                self._begin(ref, self._load(entry))
-            elif ref in self._resident and ref in self._work:
-                self._work.pop(ref).cancel()  # wanted again before it was unloaded
-        for ref in [*self._resident, *self._work]:
-            if ref not in self._wanted and ref in self._resident and ref not in self._work:
-                self._begin(ref, self._unload(ref))
+        for ref in {*self._wanted, *self._resident}:
+            if ref not in self._work and not self._is_as_wanted(ref):
+                self._work[ref] = asyncio.create_task(self._follow(ref))
 
-    def _begin(self, ref: AdapterRef, work: Coroutine[None, None, None]) -> None:
-        if ref in self._work:
-            work.close()
-            return
-        task = asyncio.create_task(work)
-        self._work[ref] = task
-        task.add_done_callback(lambda done: self._work.pop(ref, None) if self._work.get(ref) is done else None)
+    def _is_as_wanted(self, ref: AdapterRef) -> bool:
+        refused = ref in self._failed and self._failed[ref].verdict
+        return refused or (ref in self._wanted) == (ref in self._resident)
 
-    async def _load(self, entry: Entry) -> None:
-        ref, began = entry.ref, time.monotonic()
-        while ref in self._wanted:
-            try:
-                path = await self._cache.ensure(entry, self._store.fetch)
-                await self._add_to_engine(entry, path)
-            except XloomError as error:
-                if error.status < 500:  # the engine's verdict on these files: it stays
-                    logger.warning("adapter %s is refused: %s", ref.name, error)
-                    self._refuse(ref, Refusal(error.code, str(error)))
-                    break
-                logger.warning("adapter %s is not loaded yet: %s", ref.name, error)
-                await asyncio.sleep(RETRY_S)
-            except Exception as error:
-                logger.exception("adapter %s could not be loaded", ref.name)
-                self._refuse(ref, Refusal("internal_error", f"{type(error).__name__}: {error}"))
-                break
-            else:
+    async def _follow(self, ref: AdapterRef) -> None:
+        """Load or unload one adapter until the engine is as wanted, however often that changes meanwhile."""
+        try:
+            while not self._is_as_wanted(ref):
+                if ref in self._wanted:
+                    await self._load(ref)
+                else:
+                    await self._unload(ref)
+        finally:  # at once: whoever wants it otherwise from now on finds no work under way
+            self._work.pop(ref, None)
+
+    async def _load(self, ref: AdapterRef) -> None:
+        """Try until it is resident, refused or wanted no more."""
+        began, tries = time.monotonic(), 0
+        while (entry := self._wanted.get(ref)) is not None:
+            why = await self._try(entry)
+            if why is None:
+                self._failed.pop(ref, None)
                 self._resident.add(ref)
                 self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="load")
                 self._recorder.observe(table.ADAPTER_LOAD, time.monotonic() - began, model=ref.name)
                 logger.info("adapter %s is resident, generation %s", ref.name, ref.generation[:12])
-                break
-        await self._notify()
-        if ref not in self._wanted and ref in self._resident:  # removed while it was being loaded
-            await self._unload(ref)
+                await self._notify()
+                return
+            tries += 1
+            if why.verdict or tries >= TOLD_AFTER:
+                await self._refuse(ref, why)
+            if why.verdict:
+                return
+            await self._change_of_wants(min(RETRY_S * 2 ** min(tries - 1, 10), MAX_RETRY_S))
+
+    async def _try(self, entry: Entry) -> Refusal | None:
+        """One attempt; None when the engine holds it."""
+        try:
+            path = await self._cache.ensure(entry, self._store.fetch)
+            async with limited(VERIFY_S if entry.verify else LOAD_S, "The engine", f"loading {entry.name!r}"):
+                await self._add_to_engine(entry, path)
+        except XloomError as error:
+            logger.warning("adapter %s is not loaded: %s", entry.name, error)
+            return Refusal(error.code, str(error), verdict=error.status < 500)
+        except Exception as error:
+            logger.exception("adapter %s could not be loaded", entry.name)
+            return Refusal("internal_error", f"{type(error).__name__}: {error}", verdict=False)
+        return None
 
     async def _add_to_engine(self, entry: Entry, path: Path) -> None:
         if not entry.verify:
@@ -165,22 +191,36 @@ class Reconciler:
         else:
             raise XloomError(NOT_VERIFIED, f"This replica can't verify {entry.name!r}.", "Add it without verify.")
 
-    def _refuse(self, ref: AdapterRef, why: Refusal) -> None:
+    async def _refuse(self, ref: AdapterRef, why: Refusal) -> None:
+        if ref not in self._wanted or self._failed.get(ref) == why:
+            return
+        if ref not in self._failed:
+            self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="refused")
         self._failed[ref] = why
-        self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="refused")
+        await self._notify()
 
     async def _unload(self, ref: AdapterRef) -> None:
         while self.users(ref):  # running requests finish with the adapter they began with
+            if ref in self._wanted:
+                return
             await asyncio.sleep(IN_USE_POLL_S)
         self._resident.discard(ref)
         try:
-            await self._backend.remove_adapter(ref)
+            async with limited(REMOVE_S, "The engine", f"removing {ref.name!r}"):
+                await self._backend.remove_adapter(ref)
         except Exception:
             logger.exception("adapter %s could not be removed", ref.name)
         self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="remove")
-        if not any(other.generation == ref.generation for other in self._resident):
+        if not any(other.generation == ref.generation for other in (*self._resident, *self._wanted)):
             self._cache.release(ref.generation)
         await self._notify()
+
+    async def _change_of_wants(self, timeout_s: float) -> None:
+        """Wait for the store to want something else, for so long."""
+        version = self._version
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._settled:
+                await self._settled.wait_for(lambda: self._version != version)
 
     async def _notify(self) -> None:
         """Something changed: wake those who wait, and report at once."""

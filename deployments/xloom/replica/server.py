@@ -1,10 +1,9 @@
-"""The replica's end of the data path: one TCP connection per router, one frame per engine step and router."""
+"""The replica's end of the data path: one connection per router, one frame per engine step and router."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -19,25 +18,23 @@ from xloom.protocol import (
     Abort,
     AdapterRef,
     EngineStats,
-    Hello,
-    ReplicaFrame,
     Report,
-    RequestFailed,
     RouterFrame,
-    Step,
     Submit,
     TokenChunk,
     TokenRequest,
-    Welcome,
     XloomError,
 )
+from xloom.replica.connections import Connection, Connections
 from xloom.verification.engine import Asking
-from xloom.wire import FrameReader, FrameWriter
+from xloom.wire.channel import Transport
+from xloom.wire.requests import decode_request
+from xloom.wire.silence import SILENCE_S
+from xloom.wire.tcp import TCP
 
 logger = logging.getLogger(__name__)
 
 REPORT_PERIOD_S = 0.5
-HELLO_TIMEOUT_S = 10.0
 ADAPTER_WAIT_S = 30.0
 
 
@@ -51,22 +48,6 @@ class Adapters(Protocol):
         """Wait for an adapter: True once it is resident, False when it will not come."""
 
 
-class _Connection:
-    """One router: its writer, and the requests it owns."""
-
-    def __init__(self, router_id: str, writer: FrameWriter) -> None:
-        self.router_id = router_id
-        self.requests: dict[str, TokenRequest] = {}
-        self.waiting: dict[str, asyncio.Task[None]] = {}  # submissions that wait for their adapter
-        self._writer = writer
-
-    def send(self, frame: ReplicaFrame) -> None:
-        self._writer.write(frame)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 class ReplicaServer:
     """Serves one `LLMBackend` to any number of routers."""
 
@@ -77,20 +58,20 @@ class ReplicaServer:
         token: str,
         adapters: Adapters | None = None,
         journal: Journal | None = None,
+        transport: Transport = TCP,
+        silent_after_s: float = SILENCE_S,
     ) -> None:
         self._backend = backend
-        self._replica_id = replica_id
-        self._token = token.encode()
         self._adapters = adapters
         self._journal = journal
-        self._connections: set[_Connection] = set()
-        self._owners: dict[str, _Connection] = {}
+        self._connections = Connections(replica_id, token, self, transport, silent_after_s)
+        self._last_stats = EngineStats()
+        self._owners: dict[str, Connection] = {}
         self._in_use: Counter[AdapterRef] = Counter()
         self._changed = asyncio.Event()
         self.own = Asking(backend)  # the replica's own requests, which no router sees
         self.on_report: Callable[[EngineStats], None] = lambda stats: None
         self._draining = False
-        self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._pump_error: BaseException | None = None
 
@@ -101,10 +82,9 @@ class ReplicaServer:
 
     async def start(self, host: str) -> tuple[str, int]:
         """Listen on a free port of `host`; returns the address routers connect to."""
-        self._server = await asyncio.start_server(self._serve, host, 0)
+        address = await self._connections.listen(host)
         self.begin()
         self._tasks.append(asyncio.create_task(self._report_periodically()))
-        address: tuple[str, int] = self._server.sockets[0].getsockname()[:2]
         return address
 
     @property
@@ -130,12 +110,15 @@ class ReplicaServer:
         return msgspec.structs.replace(stats, adapters=held)
 
     def report(self) -> None:
-        """Tell every router the state now, ahead of the period."""
-        stats = self.stats()
-        self.on_report(stats)
-        frame = Report(stats, self._draining)
+        """Tell every router the state now, ahead of the period: without it this replica would count as lost."""
+        try:
+            self._last_stats = self.stats()
+        except Exception:
+            logger.exception("the engine's figures can't be had")
+        frame = Report(self._last_stats, self._draining)
         for connection in self._connections:
             connection.send(frame)
+        self.on_report(self._last_stats)
 
     def check(self) -> None:
         """Raise when tokens no longer flow."""
@@ -155,70 +138,50 @@ class ReplicaServer:
 
     async def close(self) -> None:
         """Stop listening and drop every connection."""
-        if self._server is not None:
-            self._server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for connection in list(self._connections):
-            connection.close()
+        await self._connections.close()
 
-    # One connection.
+    # One connection: what `Connections` asks of its handler.
 
-    async def _serve(self, stream: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        reader: FrameReader[RouterFrame] = FrameReader(stream, RouterFrame)
-        writer = FrameWriter(sink)
-        connection: _Connection | None = None
-        try:
-            connection = await self._greet(reader, writer)
-            if connection is not None:
-                await self._listen(connection, reader)
-        except XloomError as error:
-            logger.warning("connection of %s: %s", connection.router_id if connection else "a stranger", error)
-        finally:
-            if connection is not None:
-                await self._forget(connection)
-            writer.close()
+    def opened(self, connection: Connection) -> None:
+        """A router has come."""
+        connection.send(Report(self._last_stats, self._draining))
 
-    async def _greet(self, reader: FrameReader[RouterFrame], writer: FrameWriter) -> _Connection | None:
-        try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = await reader.read()
-        except TimeoutError:
-            return None
-        if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode(), self._token):
-            return None
-        connection = _Connection(hello.router_id, writer)
-        self._connections.add(connection)
-        connection.send(Welcome(self._replica_id))
-        connection.send(Report(self.stats(), self._draining))
-        return connection
+    async def take(self, connection: Connection, frame: RouterFrame) -> None:
+        """A router asks for something. A request's fault ends the request, not the connection."""
+        if isinstance(frame, Abort):
+            await self._abort(connection, frame.request_ids)
+        elif isinstance(frame, Submit):
+            request_id = frame.request_id
+            try:
+                request = decode_request(frame.body)
+                if request.request_id != request_id:
+                    request = msgspec.structs.replace(request, request_id=request_id)
+                await self._submit(connection, request)
+            except XloomError as error:
+                connection.fail(request_id, error)
+            except Exception as error:
+                logger.exception("request %s was not taken", request_id)
+                await self._give_up(connection, request_id, _engine_error(error))
 
-    async def _listen(self, connection: _Connection, reader: FrameReader[RouterFrame]) -> None:
-        while (frame := await reader.read()) is not None:
-            if isinstance(frame, Submit):
-                await self._submit(connection, frame.request)
-            elif isinstance(frame, Abort):
-                await self._abort(connection, frame.request_ids)
-
-    async def _forget(self, connection: _Connection) -> None:
+    async def closed(self, connection: Connection) -> None:
         """The router is gone: free everything it held."""
-        self._connections.discard(connection)
         if connection.requests:
             logger.info("router %s left: aborting its %d requests", connection.router_id, len(connection.requests))
             await self._abort(connection, list(connection.requests))
 
     # Requests.
 
-    async def _submit(self, connection: _Connection, request: TokenRequest) -> None:
+    async def _submit(self, connection: Connection, request: TokenRequest) -> None:
         request_id = request.request_id
         if self._draining or self._pump_error is not None:
             code = "replica_draining" if self._draining else "engine_dead"
-            connection.send(RequestFailed(request_id, code, "The replica is going away.", status=503, retryable=True))
+            connection.fail(request_id, XloomError(code, "The replica is going away.", status=503), retryable=True)
             return
         if request_id in self._owners:
-            connection.send(RequestFailed(request_id, "duplicate_request", f"{request_id} is already running."))
-            return
+            raise XloomError("duplicate_request", f"{request_id} is already running.", status=500)
         self._owners[request_id] = connection
         connection.requests[request_id] = request
         if self._journal is not None:
@@ -231,21 +194,25 @@ class ReplicaServer:
                 return
         await self._hand_over(connection, request)
 
-    async def _submit_when_resident(self, connection: _Connection, request: TokenRequest, adapter: AdapterRef) -> None:
+    async def _submit_when_resident(self, connection: Connection, request: TokenRequest, adapter: AdapterRef) -> None:
         assert self._adapters is not None
         arrived = False
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(ADAPTER_WAIT_S):
                 arrived = await self._adapters.arrival(adapter)
+        except TimeoutError:
+            pass
+        except Exception:
+            logger.exception("waiting for the adapter %s failed", adapter.key)
         connection.waiting.pop(request.request_id, None)
         if arrived:
             await self._hand_over(connection, request)
         elif self._release(request.request_id, "adapter_not_found") is not None:
             message = f"The adapter {adapter.name!r} is not on this replica."
             cure = "GET /v1/models lists what is served."
-            connection.send(RequestFailed(request.request_id, "adapter_not_found", message, cure, 404, retryable=True))
+            connection.fail(request.request_id, XloomError("adapter_not_found", message, cure, 404), retryable=True)
 
-    async def _hand_over(self, connection: _Connection, request: TokenRequest) -> None:
+    async def _hand_over(self, connection: Connection, request: TokenRequest) -> None:
         """Give the request to the engine; what goes wrong with it is its own affair."""
         request_id = request.request_id
         if self._owners.get(request_id) is not connection:  # aborted meanwhile
@@ -256,30 +223,38 @@ class ReplicaServer:
             await self._backend.submit(request)
         except XloomError as error:
             self._release(request_id, error.code)
-            connection.send(RequestFailed(request_id, error.code, error.message, error.cure, error.status))
+            connection.fail(request_id, error)
         except Exception as error:
             logger.exception("the engine refused request %s", request_id, extra=fields(request_id=request.client_id))
-            self._release(request_id, "engine_error")
-            connection.send(RequestFailed(request_id, "engine_error", f"The engine refused the request: {error}"))
+            await self._give_up(connection, request_id, _engine_error(error))
         else:
             if self._owners.get(request_id) is not connection:  # aborted while the engine took it
-                await self._backend.abort([request_id])
+                await self._abort_in_engine([request_id])
 
-    async def _abort(self, connection: _Connection, request_ids: list[str]) -> None:
+    async def _abort(self, connection: Connection, request_ids: list[str]) -> None:
         held = [request_id for request_id in request_ids if self._owners.get(request_id) is connection]
         for request_id in held:
             waiting = connection.waiting.pop(request_id, None)
             if waiting is not None:
                 waiting.cancel()
-        if held and self._pump_error is None:
-            try:
-                await self._backend.abort(held)
-            except Exception:
-                logger.exception("aborting %d requests failed", len(held))
+        await self._abort_in_engine(held)
         for request_id in held:
             self._release(request_id)
 
-    def _release(self, request_id: str, error: str | None = None) -> _Connection | None:
+    async def _abort_in_engine(self, request_ids: list[str]) -> None:
+        if request_ids and self._pump_error is None:
+            try:
+                await self._backend.abort(request_ids)
+            except Exception:
+                logger.exception("aborting %d requests failed", len(request_ids))
+
+    async def _give_up(self, connection: Connection, request_id: str, error: XloomError) -> None:
+        """End one request here and in the engine, which may hold it or not."""
+        self._release(request_id, error.code)
+        connection.fail(request_id, error)
+        await self._abort_in_engine([request_id])
+
+    def _release(self, request_id: str, error: str | None = None) -> Connection | None:
         """It is no longer held: it has ended, was aborted, or failed with a code."""
         connection = self._owners.pop(request_id, None)
         if connection is None:
@@ -301,7 +276,7 @@ class ReplicaServer:
             async for chunks in self._backend.steps():
                 if self._journal is not None:
                     self._journal.step(chunks)
-                groups: dict[_Connection, list[TokenChunk]] = {}
+                groups: dict[Connection, list[TokenChunk]] = {}
                 for chunk in chunks:
                     connection = self._owners.get(chunk.request_id)
                     if connection is None:
@@ -311,7 +286,9 @@ class ReplicaServer:
                     if chunk.finish_reason is not None:
                         self._release(chunk.request_id)
                 for connection, group in groups.items():
-                    connection.send(Step(group))
+                    for request_id, failure in connection.send_step(group):
+                        logger.error("an answer to request %s was not sent: %s", request_id, failure)
+                        await self._give_up(connection, request_id, failure)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
@@ -323,8 +300,8 @@ class ReplicaServer:
         for request_id in list(self._owners):
             connection = self._release(request_id, "engine_dead")
             if connection is not None:
-                message = "The engine of the replica has died."
-                connection.send(RequestFailed(request_id, "engine_dead", message, status=503, retryable=True))
+                died = XloomError("engine_dead", "The engine of the replica has died.", status=503)
+                connection.fail(request_id, died, retryable=True)
 
     async def _report_periodically(self) -> None:
         while True:
@@ -333,3 +310,7 @@ class ReplicaServer:
             except Exception:
                 logger.exception("reporting failed")
             await asyncio.sleep(REPORT_PERIOD_S)
+
+
+def _engine_error(error: Exception) -> XloomError:
+    return XloomError("engine_error", f"The engine refused the request: {error}", "See the message.", 500)

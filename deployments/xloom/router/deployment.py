@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import uuid
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,21 @@ from xloom.router.listener import HttpListener
 from xloom.router.manifest_watch import ManifestWatch
 from xloom.router.request_id import RequestIdMiddleware
 from xloom.router.routes import access, is_open, keep_listed
+from xloom.router.start_failures import engine_failure
 from xloom.router.traffic import Traffic
 from xloom.settings import Settings
+from xloom.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from ray.serve._private.replica_result import ReplicaResult
     from ray.serve.handle import DeploymentHandle
 
     from xloom.adapters.client import StoreClient
 
 logger = logging.getLogger(__name__)
 
-DESCRIBE_TIMEOUT_S = 5.0
+DESCRIBE_TIMEOUT_S = 2.0  # of one replica; it is asked again
+FAILURE_PERIOD_S = 2.0
 FIRST_MANIFEST_S = 60.0
 
 
@@ -60,19 +65,30 @@ class Router:
         from xloom.router.replica_collector import register
 
         self._replicas = replicas
+        self._watchdog = Watchdog(settings.replicas.stuck_timeout_s)
         self._starving: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
         RECORDER.start()
         self._tracing = traces.start(watch.traces, "router", router_id)
         journal = journal_for("router", router_id, base, lines=watch.logs.requests, tracing=self._tracing)
         traffic = Traffic(RECORDER, base)
-        self._dispatcher = Dispatcher(self._discover, token, router_id, traffic=traffic, journal=journal)
+        self._dispatcher = Dispatcher(
+            self._discover,
+            token,
+            router_id,
+            silent_after_s=settings.replicas.stuck_timeout_s,
+            traffic=traffic,
+            journal=journal,
+        )
         self._dispatcher.on_starved = self._ask_for_a_replica
         self._front_end = await open_front_end(settings, self._dispatcher)
         app = self._front_end.app
         logs.adopt("vllm", "uvicorn")
         self._manifest = ManifestWatch(store, self._front_end.take)
         await self._manifest.start(FIRST_MANIFEST_S)
-        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._manifest, store)
+        self._dispatcher.newest = lambda ref: self._manifest.ref(ref.name)
+        mixtures = settings.xlora_enabled
+        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._manifest, store, mixtures)
         attach_routes(app, control)
         keep_listed(app)
         register(self._dispatcher)
@@ -94,18 +110,32 @@ class Router:
 
     async def check_health(self) -> None:
         """Raise when the endpoint no longer works; Serve then starts another."""
+        self._watchdog.ensure()
         self._listener.check()
         await self._front_end.check_health()
 
     async def _discover(self) -> list[ReplicaInfo]:
         from ray.serve.exceptions import DeploymentUnavailableError
 
+        # Relied on, since `results_async` waits for all or gives none: _fetch_replica_results_async of a
+        # DeploymentBroadcastResponse, and its ReplicaResults' get_async; Ray 2.60.
         try:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                found = await self._replicas.broadcast("describe").results_async(return_exceptions=True)
+                asked = await self._replicas.broadcast("describe")._fetch_replica_results_async()
         except (DeploymentUnavailableError, TimeoutError):
-            return []
-        return [ReplicaInfo(**each) for each in found if isinstance(each, dict)]
+            asked = []
+        found = await answers(asked, DESCRIBE_TIMEOUT_S)
+        infos = [ReplicaInfo(**each) for each in found if isinstance(each, dict)]
+        if infos:
+            self._dispatcher.start_failure = ""
+        elif self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask_why())  # beside the search, which waits for no controller
+        return infos
+
+    async def _ask_why(self) -> None:
+        """Why no replica is there: asked of the controller no more often than it changes."""
+        self._dispatcher.start_failure = await engine_failure()
+        await asyncio.sleep(FAILURE_PERIOD_S)
 
     def _ask_for_a_replica(self) -> None:
         """Requests wait and none is there: a call queued at Serve's handle is what wakes a deployment at zero."""
@@ -123,12 +153,26 @@ class Router:
         listener: HttpListener | None = getattr(self, "_listener", None)
         if listener is None:
             return
+        if self._asking is not None:
+            self._asking.cancel()
         await listener.close()
         await self._manifest.close()
         await self._dispatcher.close()
         self._front_end.shutdown()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+
+
+async def answers(asked: Sequence[ReplicaResult], timeout_s: float) -> list[Any]:
+    """What those say that answer in time; one that is stuck or fails hides none of the others."""
+    calls = [asyncio.ensure_future(each.get_async()) for each in asked]
+    if not calls:
+        return []
+    done, late = await asyncio.wait(calls, timeout=timeout_s)
+    for call in late:
+        call.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+    return [call.result() for call in calls if call in done and not call.cancelled() and call.exception() is None]
 
 
 def _secret(key: Any) -> str | None:

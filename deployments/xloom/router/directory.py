@@ -5,29 +5,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from xloom.protocol import (
     EngineStats,
-    Hello,
+    Logprobs,
+    Ping,
     ReplicaFrame,
     Report,
     RequestFailed,
     RouterFrame,
+    Rows,
     Step,
-    Welcome,
     XloomError,
 )
-from xloom.wire import FrameReader, FrameWriter
+from xloom.wire.channel import Channel, Transport
+from xloom.wire.frames import MAX_REPLICA_FRAME, FrameReader, pack
+from xloom.wire.greeting import GREETING_TIMEOUT_S, Identity, introduce
+from xloom.wire.silence import SILENCE_S, TICK_S, Silence
+from xloom.wire.tcp import TCP
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5  # while no replica is connected
 STEADY_POLL_S = 3.0  # otherwise: each look costs a call to every replica and the controller's time
-CONNECT_TIMEOUT_S = 5.0
-SILENCE_S = 20.0  # without a report a replica counts as lost; long, since a starved machine is slow, not dead
+FIRST_RETRY_S = 0.5  # after a connection that did not come about; doubled with each
+LAST_RETRY_S = 5.0
+MISMATCH_RETRY_S = 60.0  # the longest wait where another try can hardly help: another version, another token
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,13 @@ class Link:
     """One replica: the connection, its latest report, and this router's requests there."""
 
     info: ReplicaInfo
-    writer: FrameWriter
+    channel: Channel
     stats: EngineStats = field(default_factory=EngineStats)
     draining: bool = False
     ready: bool = False
     own: set[str] = field(default_factory=set)  # ids on the wire
     own_at_report: int = 0
+    rows: dict[str, Rows] = field(default_factory=dict)  # of chunks that come in pieces, by the id on the wire
 
     @property
     def state(self) -> Literal["ready", "draining", "lost"]:
@@ -73,20 +81,73 @@ class Link:
         return "draining" if self.draining else "ready"
 
     def send(self, frame: RouterFrame) -> None:
-        self.writer.write(frame)
+        self.channel.send(pack(frame))
+
+    def take_rows(self, rows: Rows) -> None:
+        """A piece of a chunk. What is no longer wanted is dropped."""
+        if rows.request_id not in self.own:
+            return
+        known = self.rows.get(rows.request_id)
+        if known is None:
+            self.rows[rows.request_id] = rows
+            return
+        self.rows[rows.request_id] = Rows(
+            rows.request_id,
+            _joined(known.logprobs, rows.logprobs),
+            _joined(known.prompt_logprobs, rows.prompt_logprobs),
+        )
+
+    def complete(self, step: Step) -> None:
+        """Give the step's chunks the pieces that came before."""
+        for chunk in step.chunks if self.rows else ():
+            rows = self.rows.pop(chunk.request_id, None)
+            if rows is not None:
+                chunk.logprobs, chunk.prompt_logprobs = rows.logprobs, rows.prompt_logprobs
+
+    def release(self, wire_id: str) -> None:
+        """A request is no longer there."""
+        self.own.discard(wire_id)
+        self.rows.pop(wire_id, None)
+
+
+def _joined(first: Logprobs | None, second: Logprobs | None) -> Logprobs | None:
+    if first is None or second is None:
+        return first or second
+    first.extend(second)
+    return first
+
+
+@dataclass
+class _Retry:
+    """A replica that no connection came about with."""
+
+    reason: str  # told once
+    wait_s: float
+    until: float  # monotonic
 
 
 class Directory:
     """Keeps one connection to every replica that `discover` names, for as long as it lives."""
 
-    def __init__(self, discover: Discover, token: str, router_id: str, listener: Listener) -> None:
+    def __init__(
+        self,
+        discover: Discover,
+        token: str,
+        router_id: str,
+        listener: Listener,
+        silent_after_s: float = SILENCE_S,
+        transport: Transport = TCP,
+    ) -> None:
         self._discover = discover
-        self._hello = Hello(token, router_id)
+        self._identity = Identity(token.encode(), router_id)
         self._listener = listener
+        self._transport = transport
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._poller: asyncio.Task[None] | None = None
+        self._retries: dict[str, _Retry] = {}
+        self._own_tasks: list[asyncio.Task[None]] = []
         self._poke = asyncio.Event()
+        self._silence: Silence[Link] = Silence(silent_after_s)
 
     @property
     def links(self) -> list[Link]:
@@ -95,7 +156,7 @@ class Directory:
 
     def start(self) -> None:
         """Begin to look for replicas."""
-        self._poller = asyncio.create_task(self._poll())
+        self._own_tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._keep_alive())]
 
     def poll_now(self) -> None:
         """Look at once, ahead of the period."""
@@ -103,7 +164,7 @@ class Directory:
 
     async def close(self) -> None:
         """Drop every connection."""
-        tasks = [task for task in (self._poller, *self._tasks.values()) if task is not None]
+        tasks = [*self._own_tasks, *self._tasks.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -111,9 +172,14 @@ class Directory:
     async def _poll(self) -> None:
         while True:
             try:
-                for info in await self._discover():
-                    if info.replica_id not in self._tasks:
+                infos = await self._discover()
+                now = time.monotonic()
+                for info in infos:
+                    retry = self._retries.get(info.replica_id)
+                    if info.replica_id not in self._tasks and (retry is None or retry.until <= now):
                         self._tasks[info.replica_id] = asyncio.create_task(self._keep(info))
+                named = {info.replica_id for info in infos}
+                self._retries = {name: retry for name, retry in self._retries.items() if name in named}
             except Exception as error:
                 logger.warning("looking for replicas failed: %s", error)
             self._poke.clear()
@@ -121,44 +187,91 @@ class Directory:
                 async with asyncio.timeout(STEADY_POLL_S if self.links else POLL_S):
                     await self._poke.wait()
 
+    async def _keep_alive(self) -> None:
+        """Say that this router is there, and drop the replicas that no longer say so."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            for link in list(self._links.values()):
+                link.send(Ping())
+            for link in self._silence.look():
+                logger.warning("replica %s says nothing any more: it counts as lost", link.info.replica_id)
+                self._silence.forget(link)
+                link.channel.abort()
+
     async def _keep(self, info: ReplicaInfo) -> None:
         """One connection, from its start to its end."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                stream, sink = await asyncio.open_connection(info.host, info.port)
-        except (OSError, TimeoutError) as error:
-            logger.info("replica %s can't be reached yet: %s", info.replica_id, error)
-            self._tasks.pop(info.replica_id, None)
-            return
-        link = Link(info, FrameWriter(sink))
-        self._links[info.replica_id] = link
-        try:
-            link.send(self._hello)
-            await self._listen(link, FrameReader(stream, ReplicaFrame))
-        except XloomError as error:
-            logger.warning("replica %s: %s", info.replica_id, error)
+            channel = await self._connect(info)
+            if channel is not None:
+                await self._hold(Link(info, channel))
         finally:
-            link.ready = False
-            self._links.pop(info.replica_id, None)
             self._tasks.pop(info.replica_id, None)
-            sink.transport.abort()
-            self._listener.on_lost(link)
             self.poll_now()
 
+    async def _hold(self, link: Link) -> None:
+        self._links[link.info.replica_id] = link
+        self._silence.heard(link)
+        try:
+            await self._listen(link, FrameReader(link.channel, ReplicaFrame, MAX_REPLICA_FRAME))
+        except XloomError as error:
+            logger.warning("replica %s: %s", link.info.replica_id, error)
+        finally:
+            link.ready = False
+            self._silence.forget(link)
+            self._links.pop(link.info.replica_id, None)
+            link.channel.abort()
+            self._listener.on_lost(link)
+
+    async def _connect(self, info: ReplicaInfo) -> Channel | None:
+        """A connection on which both ends have proved the token; None, with a wait before the next try."""
+        channel: Channel | None = None
+        try:
+            async with asyncio.timeout(GREETING_TIMEOUT_S):
+                channel = await self._transport.connect(info.host, info.port)
+                await introduce(channel, self._identity, info.replica_id)
+        except XloomError as error:
+            hopeless = error.code in ("version_mismatch", "wrong_token")
+            self._put_off(info, error.code, str(error), MISMATCH_RETRY_S if hopeless else LAST_RETRY_S)
+        except (OSError, TimeoutError) as error:
+            self._put_off(info, type(error).__name__, f"it can't be reached: {error or 'no answer'}", LAST_RETRY_S)
+        except asyncio.CancelledError:
+            if channel is not None:
+                channel.abort()
+            raise
+        else:
+            self._retries.pop(info.replica_id, None)
+            return channel
+        if channel is not None:
+            channel.abort()
+        return None
+
+    def _put_off(self, info: ReplicaInfo, reason: str, message: str, longest_s: float) -> None:
+        """Try again later, and each time later. One line tells of each reason."""
+        before = self._retries.get(info.replica_id)
+        told = before is not None and before.reason == reason
+        wait_s = min(2 * before.wait_s, longest_s) if before is not None else FIRST_RETRY_S
+        self._retries[info.replica_id] = _Retry(reason, wait_s, time.monotonic() + wait_s)
+        if not told:
+            logger.warning("replica %s at %s:%d: %s", info.replica_id, info.host, info.port, message)
+
     async def _listen(self, link: Link, reader: FrameReader[ReplicaFrame]) -> None:
-        loop = asyncio.get_running_loop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SILENCE_S) as silence:
-                while (frame := await reader.read()) is not None:
-                    if isinstance(frame, Step):
-                        self._listener.on_step(link, frame)
-                    elif isinstance(frame, Report):
-                        silence.reschedule(loop.time() + SILENCE_S)
-                        self._take_report(link, frame)
-                    elif isinstance(frame, RequestFailed):
-                        self._listener.on_refused(link, frame)
-                    elif isinstance(frame, Welcome) and frame.replica_id != link.info.replica_id:
-                        return  # the port has a new owner
+        while (frame := await reader.read()) is not None:
+            self._silence.heard(link)
+            try:
+                self._take(link, frame)
+            except Exception:  # a mistake of ours, which must not take the other requests' replica away
+                logger.exception("a %s of replica %s was not taken", type(frame).__name__, link.info.replica_id)
+
+    def _take(self, link: Link, frame: ReplicaFrame) -> None:
+        if isinstance(frame, Step):
+            link.complete(frame)
+            self._listener.on_step(link, frame)
+        elif isinstance(frame, Report):
+            self._take_report(link, frame)
+        elif isinstance(frame, RequestFailed):
+            self._listener.on_refused(link, frame)
+        else:
+            link.take_rows(frame)
 
     def _take_report(self, link: Link, report: Report) -> None:
         link.stats, link.draining, link.own_at_report = report.stats, report.draining, len(link.own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import APIRouter, FastAPI, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from xloom.adapters.manifest import Entry
+from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.dispatch import Dispatcher
@@ -32,11 +33,13 @@ class Store(Protocol):
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        mixtures: bool = True,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
     async def revert(self, name: str, generation: str) -> Entry | None: ...
     async def await_resident(self, name: str, generation: str, timeout_s: float) -> list[str]: ...
     async def await_absent(self, name: str, generation: str, timeout_s: float) -> None: ...
+    async def desired(self, known_version: int, timeout_s: float) -> Manifest: ...
     async def residency(self) -> dict[str, ReplicaReport]: ...
 
 
@@ -76,6 +79,7 @@ class Control:
     dispatcher: Dispatcher
     manifest: ManifestWatch
     store: Store
+    mixtures: bool = True  # whether the engines serve X-LoRA bundles
 
     async def add(self, wanted: LoadAdapter) -> Entry:
         """Take an adapter in and wait until every live replica holds it. Raises `XloomError`."""
@@ -88,14 +92,18 @@ class Control:
             replace=wanted.load_inplace,
             max_rank=self.max_lora_rank,
             verify=wanted.verify,
+            mixtures=self.mixtures,
         )
         try:
             timeout_s = VERIFIED_TIMEOUT_S if entry.verify else RESIDENT_TIMEOUT_S
             await self.store.await_resident(entry.name, entry.generation, timeout_s)
         except XloomError as error:
+            if error.code == "store_unavailable":
+                raise _unknown(entry, error) from None
             if error.code in ("adapter_load_failed", NOT_VERIFIED) and entry.key not in had:
                 await self.store.revert(entry.name, entry.generation)  # it never served: all is as it was
-                await self.manifest.wait_gone(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
+                with contextlib.suppress(XloomError):  # the refusal is what counts
+                    await self.manifest.wait_gone(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
             raise
         await self.manifest.wait_for(entry.name, entry.generation, RESIDENT_TIMEOUT_S)
         return entry
@@ -103,7 +111,8 @@ class Control:
     async def remove(self, name: str) -> None:
         """Take an adapter out and wait until no live replica holds it. Raises `XloomError`."""
         entry = await self.store.remove(name)
-        await self.manifest.wait_for(name, None, RESIDENT_TIMEOUT_S)
+        # By its version: the name may be there again, added by another one.
+        await self.manifest.wait_version((await self.store.desired(-1, 0)).version, RESIDENT_TIMEOUT_S)
         if entry is not None:
             await self.store.await_absent(name, entry.generation, RESIDENT_TIMEOUT_S)
 
@@ -146,6 +155,12 @@ class Control:
         ]
 
 
+def _unknown(entry: Entry, error: XloomError) -> XloomError:
+    """The store took an adapter in, and was away when asked which replicas hold it."""
+    said = f"{entry.name!r} was added; whether the replicas hold it already is not known. {error.message}"
+    return XloomError(error.code, said, "See `xloom adapters list`.", error.status)
+
+
 def attach_routes(app: FastAPI, control: Control) -> None:
     """Add our routes to vLLM's app."""
     router = APIRouter()
@@ -161,7 +176,7 @@ def attach_routes(app: FastAPI, control: Control) -> None:
 
     async def ready() -> dict[str, Any]:
         if not control.dispatcher.is_ready:
-            raise XloomError("no_replica_ready", "No replica can answer now.", "See `xloom status`.", 503)
+            raise control.dispatcher.none_ready("No replica can answer now.", "See `xloom status`.")
         return {"ready": True, "replicas": len(control.dispatcher.directory.links)}
 
     async def status() -> dict[str, Any]:
@@ -170,6 +185,7 @@ def attach_routes(app: FastAPI, control: Control) -> None:
             "model": control.model,
             "replicas": control.replicas(),
             "adapters": control.adapters(),
+            "start_failure": "" if dispatcher.directory.links else dispatcher.start_failure,
             "router": {"id": dispatcher.router_id, "in_flight": dispatcher.in_flight},
         }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Protocol
 
 from xloom.adapters.manifest import Entry, Manifest
+from xloom.deadline import limited
+from xloom.protocol import AdapterRef
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,15 @@ class ManifestWatch:
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(lambda: self._manifest.version >= 0)
 
+    def ref(self, name: str) -> AdapterRef | None:
+        """What a name stands for now."""
+        entry = self._manifest.get(name)
+        return entry.ref if entry is not None else None
+
+    async def wait_version(self, version: int, timeout_s: float) -> None:
+        """Wait until the copy is of this version or a later one. Raises `XloomError` (no_answer), as the others do."""
+        await self._until(lambda: self._manifest.version >= version, timeout_s)
+
     async def wait_for(self, name: str, generation: str | None, timeout_s: float) -> None:
         """Wait until the copy has an entry at a generation, or (None) has it no more."""
 
@@ -62,9 +72,11 @@ class ManifestWatch:
         await self._until(gone, timeout_s)
 
     async def _until(self, holds: Callable[[], bool], timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(holds)
+        async with (
+            limited(timeout_s, "The adapter store", "telling this router of a change that was made"),
+            self._changed,
+        ):
+            await self._changed.wait_for(holds)
 
     async def close(self) -> None:
         """Stop following."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.engines.base import LLMBackend
-from xloom.mixtures.prepare import XLORA_FILE
+from xloom.mixtures.options import XLORA_FILE
 from xloom.protocol import AdapterRef, XloomError
 from xloom.verification.engine import Ask, one_by_one, together
 from xloom.verification.judgement import Expected, Observed

@@ -7,17 +7,14 @@ an older version filled are never reused.
 
 from __future__ import annotations
 
-import hashlib
-
 from vllm.lora.request import LoRARequest
 
-from xloom.protocol import AdapterRef, split_adapter_key
+from xloom.protocol import AdapterRef, adapter_number, split_adapter_key
 
 
 def adapter_id(ref: AdapterRef) -> int:
-    """A positive 31-bit number that any process derives alike."""
-    digest = hashlib.sha256(ref.key.encode()).digest()
-    return (int.from_bytes(digest[:4], "big") & 0x7FFFFFFF) or 1
+    """vLLM's `lora_int_id`. The store takes no two adapters in that share one."""
+    return adapter_number(ref.key)
 
 
 def lora_request(ref: AdapterRef, path: str | None = None) -> LoRARequest:

@@ -160,7 +160,7 @@ def test_the_command_line_adds_lists_and_removes(
     status = server.command("status", "--json")
     assert status.returncode == 0, status.stderr
     figures = json.loads(status.stdout)
-    assert set(figures) == {"model", "replicas", "adapters", "router"}
+    assert set(figures) == {"model", "replicas", "adapters", "router", "start_failure"}
     assert figures["replicas"][0]["stats"]["kv_pages_total"] > 0
     table = server.command("status").stdout
     assert all(word in table for word in ("Replicas", "Adapters", "gamma", "ready"))

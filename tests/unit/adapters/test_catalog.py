@@ -16,7 +16,7 @@ from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import generation_of
 from xloom.adapters.sources import Limits
-from xloom.protocol import Overrides, XloomError
+from xloom.protocol import Overrides, XloomError, adapter_key, adapter_number
 
 Open = Callable[..., AdapterCatalog]
 
@@ -312,6 +312,50 @@ def test_damaged_files_are_not_handed_out(open_catalog: Open, lora: Path, tmp_pa
     assert caught.value.code == "generation_damaged"
 
 
+def test_damaged_files_are_fetched_again_from_their_source(open_catalog: Open, lora: Path, tmp_path: Path) -> None:
+    catalog = open_catalog()
+    entry = catalog.add("code", str(lora))
+    whole = catalog.files(entry.generation)
+    file = tmp_path / "store/prepared" / entry.generation / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    catalog.mend(entry.generation)
+    assert catalog.files(entry.generation) == whole
+    shutil.rmtree(file.parent)
+    with pytest.raises(XloomError) as caught:
+        catalog.files(entry.generation)
+    assert caught.value.code == "generation_damaged"
+    catalog.mend(entry.generation)
+    assert catalog.files(entry.generation) == whole
+    assert catalog.entries() == (entry,)
+
+
+def test_a_source_that_is_another_by_now_mends_nothing(
+    open_catalog: Open, lora: Path, other_lora: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(lora, tmp_path / "source")
+    catalog = open_catalog()
+    entry = catalog.add("code", str(source))
+    (tmp_path / "store/prepared" / entry.generation / "adapter_config.json").write_text("{}")
+    for changed in (other_lora, None):
+        shutil.rmtree(source)
+        if changed is not None:
+            shutil.copytree(changed, source)
+        with pytest.raises(XloomError) as caught:
+            catalog.mend(entry.generation)
+        assert caught.value.code == "generation_damaged"
+        assert str(source) in caught.value.message
+    assert catalog.entries() == (entry,)
+
+
+def test_adding_what_is_there_mends_its_damaged_files(open_catalog: Open, lora: Path, tmp_path: Path) -> None:
+    catalog = open_catalog()
+    entry = catalog.add("code", str(lora))
+    whole = catalog.files(entry.generation)
+    (tmp_path / "store/prepared" / entry.generation / "adapter_config.json").write_text("{}")
+    assert catalog.add("code", str(lora)) == entry
+    assert catalog.files(entry.generation) == whole
+
+
 def test_an_unreadable_base_model_is_an_error_of_its_own(tmp_path: Path, lora: Path) -> None:
     catalog = AdapterCatalog(tmp_path / "store", str(tmp_path / "nothing"), 64)
     assert refused(catalog, "code", lora).code == "unreadable_model"
@@ -345,3 +389,47 @@ def test_before_engines_run_the_settings_say_what_is_verified(open_catalog: Open
     second = catalog.add("code", str(lora), replace=True, verify=verify)
     assert (second.generation, second.verify) == (first.generation, verify)
     assert catalog.entries() == (second,)
+
+
+def test_two_adapters_that_engines_could_not_tell_apart_are_never_taken_in_together(
+    open_catalog: Open, lora: Path
+) -> None:
+    catalog = open_catalog()
+    generation = catalog.add("first", str(lora)).generation  # the same content has the same generation
+    names: dict[int, str] = {}
+    for count in range(1_000_000):  # about 60,000 are enough for two of 31 bits to meet
+        name = f"a{count}"
+        other = names.setdefault(adapter_number(adapter_key(name, generation)), name)
+        if other != name:
+            break
+    catalog.add(other, str(lora))
+    error = refused(catalog, name, str(lora))
+    assert (error.code, error.status) == ("adapter_number_taken", 409)
+    assert other in error.message
+    catalog.remove(other)
+    catalog.add(name, str(lora))
+
+
+def test_bundles_are_refused_where_engines_run_without_mixtures(open_catalog: Open, bundle: Path, lora: Path) -> None:
+    catalog = open_catalog()
+    for name, source, code in (("blend", bundle, "unsupported_by_backend"), ("code", lora, "")):
+        with catalog.stage(name, str(source), None, Overrides()) as staged:
+            if not code:
+                assert catalog.commit(staged, mixtures=False).name == name
+                continue
+            with pytest.raises(XloomError, match=name) as caught:
+                catalog.commit(staged, mixtures=False)
+            assert caught.value.code == code
+
+
+def test_what_left_the_settings_file_goes_and_what_was_added_at_run_time_stays(open_catalog: Open, lora: Path) -> None:
+    catalog = open_catalog()
+    for name, configured in (("kept", True), ("left", True), ("added", False), ("claimed", False)):
+        catalog.add(name, str(lora), configured=configured)
+    catalog.add("kept", str(lora), replace=True, max_rank=64)  # again, at run time: still the file's
+    catalog.add("claimed", str(lora), configured=True)  # the file names it from now on
+    assert [entry.name for entry in open_catalog().prune(["kept", "claimed"])] == ["left"]
+    catalog = open_catalog()
+    assert [entry.name for entry in catalog.entries()] == ["kept", "added", "claimed"]
+    assert [entry.name for entry in catalog.prune([])] == ["kept", "claimed"]
+    assert catalog.prune([]) == []

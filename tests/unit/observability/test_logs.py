@@ -181,7 +181,8 @@ def test_the_level_holds_and_serves_own_records_have_the_same_format(serve_file:
     ]
 
 
-def test_a_librarys_records_can_be_taken_over(serve_file: io.StringIO) -> None:
+def test_a_librarys_records_can_be_taken_over(serve_file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root, "level", logging.CRITICAL)  # what a library's `basicConfig` may leave
     configure()
     library = logging.getLogger("some_library")
     library.handlers = [logging.StreamHandler(io.StringIO())]

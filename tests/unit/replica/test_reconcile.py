@@ -130,6 +130,91 @@ async def test_an_adapter_wanted_again_while_in_use_stays(scene: Scene) -> None:
     assert entry.key in scene.backend.adapters
 
 
+async def test_an_adapter_added_again_while_its_removal_is_under_way_is_loaded(scene: Scene) -> None:
+    entry = scene.store.put("code", b"1")
+    await scene.reconciler.start(10)
+    scene.backend.removing = asyncio.Event()
+    scene.store.set(scene.store.manifest.without("code"))
+    await until(lambda: entry.ref not in scene.reconciler.resident)
+    scene.store.put("code", b"1")
+    other = scene.store.put("other", b"2")
+    await scene.reconciler.arrival(other.ref)  # the change is known
+    scene.backend.removing.set()
+    assert await asyncio.wait_for(scene.reconciler.arrival(entry.ref), 10)
+    assert set(scene.backend.adapters) == {entry.key, other.key}
+
+
+async def test_a_replacement_and_its_way_back_at_once_are_served(scene: Scene) -> None:
+    entry = scene.store.put("code", b"1")
+    await scene.reconciler.start(10)
+    for content in (b"2", b"1", b"2", b"1"):
+        entry = scene.store.put("code", content)
+        await asyncio.sleep(0)
+    assert await asyncio.wait_for(scene.reconciler.arrival(entry.ref), 10)
+    await until(lambda: set(scene.backend.adapters) == {entry.key})
+    assert scene.reconciler.resident == {entry.ref}
+
+
+async def test_what_the_store_wants_no_more_is_not_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xloom.replica.reconcile.UNWANTED_S", 0.05)
+    entry = scene.store.put("code", b"1")
+    await scene.reconciler.start(10)
+    scene.store.set(scene.store.manifest.without("code"))
+    await until(lambda: not scene.reconciler.resident)
+    assert not await asyncio.wait_for(scene.reconciler.arrival(entry.ref), 5)
+
+
+@pytest.mark.parametrize("error", [OSError("no memory"), XloomError("cache_unwritable", "disk full", status=500)])
+async def test_a_failure_that_may_pass_is_told_and_tried_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("xloom.replica.reconcile.RETRY_S", 0.001)
+    scene.backend.refused["code"] = error
+    entry = scene.store.put("code", b"1")
+    await scene.reconciler.start(10)
+    await until(lambda: entry.key in scene.store.reports[-1][1])
+    assert scene.backend.tries.count("code") >= 3
+    assert (
+        str(error.args[-1] if isinstance(error, OSError) else "disk full")
+        in scene.store.reports[-1][1][entry.key].reason
+    )
+    scene.backend.refused.clear()
+    await until(lambda: scene.store.reports[-1] == ([entry.key], {}))
+
+
+async def test_a_verdict_on_the_files_is_not_tried_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xloom.replica.reconcile.RETRY_S", 0.001)
+    scene.backend.refused["code"] = XloomError("wrong_shape", "wrong shape", status=400)
+    entry = scene.store.put("code", b"1")
+    await scene.reconciler.start(10)
+    await scene.reconciler.arrival(scene.store.put("other", b"2").ref)
+    assert scene.backend.tries == ["code", "other"]
+    assert not await scene.reconciler.arrival(entry.ref)
+
+
+async def test_an_engine_that_does_not_answer_is_named_and_asked_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xloom.replica.reconcile.LOAD_S", 0.01)
+    monkeypatch.setattr("xloom.replica.reconcile.RETRY_S", 0.001)
+    silent, load = True, scene.backend.add_adapter
+
+    async def add_adapter(ref: AdapterRef, path: Path) -> None:
+        if silent:
+            await asyncio.Event().wait()
+        await load(ref, path)
+
+    monkeypatch.setattr(scene.backend, "add_adapter", add_adapter)
+    entry = scene.store.put("code", b"1")
+    await scene.reconciler.start(10)
+    await until(lambda: entry.key in scene.store.reports[-1][1])
+    told = scene.store.reports[-1][1][entry.key]
+    assert told.code == "no_answer"
+    assert told.reason.startswith("The engine did not answer within")
+    silent = False
+    await until(lambda: scene.reconciler.resident == {entry.ref})
+
+
 async def test_a_store_that_is_away_leaves_the_adapters(scene: Scene) -> None:
     entry = scene.store.put("code", b"1")
     await scene.reconciler.start(10)

@@ -4,59 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
-from tests.fakes import FakeBackend, expected_tokens, until
-from xloom.protocol import AdapterRef, TokenChunk, TokenRequest, XloomError
-from xloom.replica.server import ReplicaServer
-from xloom.router.directory import ReplicaInfo
-from xloom.router.dispatch import Dispatcher
-
-TOKEN = "secret"
-
-
-class Fleet:
-    """Replicas that come and go, a dispatcher over them, and what it handed back."""
-
-    def __init__(self, ready_timeout_s: float = 10.0) -> None:
-        self.infos: dict[str, ReplicaInfo] = {}
-        self.backends: dict[str, FakeBackend] = {}
-        self.servers: dict[str, ReplicaServer] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.finished: dict[str, str] = {}
-        self.failed: dict[str, XloomError] = {}
-        self.dispatcher = Dispatcher(self._discover, TOKEN, "router", ready_timeout_s=ready_timeout_s)
-        self.dispatcher.on_tokens = self._take
-        self.dispatcher.on_failed = self.failed.__setitem__
-
-    async def _discover(self) -> list[ReplicaInfo]:
-        return list(self.infos.values())
-
-    def _take(self, chunks: list[TokenChunk]) -> None:
-        for chunk in chunks:
-            self.tokens.setdefault(chunk.request_id, []).extend(chunk.token_ids)
-            if chunk.finish_reason:
-                self.finished[chunk.request_id] = chunk.finish_reason
-
-    async def add(self, name: str, token: str = TOKEN, **options: Any) -> FakeBackend:
-        backend = self.backends[name] = FakeBackend(**options)
-        server = self.servers[name] = ReplicaServer(backend, name, token)
-        host, port = await server.start("127.0.0.1")
-        self.infos[name] = ReplicaInfo(name, "node", host, port, 1)
-        self.dispatcher.directory.poll_now()
-        return backend
-
-    async def lose(self, name: str) -> None:
-        self.infos.pop(name)
-        await self.servers.pop(name).close()
-
-    def holder(self) -> str:
-        return next(name for name, backend in self.backends.items() if backend.requests)
-
-    async def connected(self, count: int) -> None:
-        await until(lambda: len(self.dispatcher.directory.links) == count)
+from tests.fakes import expected_tokens, until
+from tests.fleet import Fleet, request
+from xloom.protocol import AdapterRef
 
 
 @pytest.fixture
@@ -64,15 +17,7 @@ async def fleet() -> AsyncIterator[Fleet]:
     made = Fleet()
     made.dispatcher.start()
     yield made
-    await made.dispatcher.close()
-    for server in made.servers.values():
-        await server.close()
-
-
-def request(
-    name: str = "r", prompt: list[int] | None = None, adapter: AdapterRef | None = None, **sampling: Any
-) -> TokenRequest:
-    return TokenRequest(name, prompt or [1, 2, 3], {"max_tokens": 8, **sampling}, adapter)
+    await made.close()
 
 
 async def test_a_request_streams_to_its_end(fleet: Fleet) -> None:
@@ -213,7 +158,7 @@ async def test_a_wrong_token_gets_no_connection(fleet: Fleet) -> None:
     await fleet.add("b")
     await fleet.connected(1)
     assert [link.info.replica_id for link in fleet.dispatcher.directory.links] == ["b"]
-    assert not fleet.servers["a"]._connections
+    assert not list(fleet.servers["a"]._connections)
 
 
 async def test_tokens_of_all_requests_come_in_one_frame_per_step(fleet: Fleet) -> None:
@@ -227,3 +172,36 @@ async def test_tokens_of_all_requests_come_in_one_frame_per_step(fleet: Fleet) -
     backend.step(8)
     await until(lambda: sum(frames) == 128)
     assert frames == [16] * 8
+
+
+class Held:
+    """The adapters of a replica: those named, and no others will come."""
+
+    def __init__(self, *refs: AdapterRef) -> None:
+        self.resident = set(refs)
+
+    async def arrival(self, ref: AdapterRef) -> bool:
+        return ref in self.resident
+
+
+async def test_a_request_for_what_was_replaced_on_its_way_is_served_with_what_took_its_place(fleet: Fleet) -> None:
+    old, new = AdapterRef("code", "old", "lora"), AdapterRef("code", "new", "lora")
+    backend = await fleet.add("a")
+    fleet.servers["a"]._adapters = Held(new)
+    await fleet.connected(1)
+    fleet.dispatcher.newest = lambda ref: new
+    fleet.dispatcher.submit(request(adapter=old))
+    await until(lambda: "r" in fleet.finished)
+    assert not fleet.failed
+    assert fleet.tokens["r"] == expected_tokens([1, 2, 3], 8, adapter="code")
+    assert not backend.requests
+
+
+async def test_a_request_for_what_was_removed_on_its_way_fails_once(fleet: Fleet) -> None:
+    await fleet.add("a")
+    fleet.servers["a"]._adapters = Held()
+    await fleet.connected(1)
+    fleet.dispatcher.newest = lambda ref: None
+    fleet.dispatcher.submit(request(adapter=AdapterRef("code", "old", "lora")))
+    await until(lambda: "r" in fleet.failed)
+    assert (fleet.failed["r"].code, fleet.failed["r"].status) == ("adapter_not_found", 404)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from xloom.adapters.manifest import Entry
+from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import ReplicaReport
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.http import Control, LoadAdapter
@@ -32,6 +32,7 @@ class Store:
         replace: bool = False,
         max_rank: int | None = None,
         verify: bool = False,
+        mixtures: bool = True,
     ) -> Entry:
         self.verified = verify
         return NEW
@@ -48,6 +49,9 @@ class Store:
 
     async def await_absent(self, name: str, generation: str, timeout_s: float) -> None:
         raise AssertionError(name)
+
+    async def desired(self, known_version: int, timeout_s: float) -> Manifest:
+        raise AssertionError(known_version)
 
     async def residency(self) -> dict[str, ReplicaReport]:
         return {}

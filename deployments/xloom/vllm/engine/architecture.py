@@ -84,6 +84,22 @@ def _packed(config: Any) -> bool:
     return isinstance(quantised, dict) and quantised.get("format") == "pack-quantized"
 
 
+def check_experts(config: VllmConfig, device: str) -> None:
+    """Whether vLLM has kernels for the model's experts with LoRA on. Raises `XloomError` (unsupported_architecture).
+
+    `select_unquantized_moe_backend` then takes TritonExperts whatever the device, which know no CPU (vLLM 0.32): the
+    engine would end in the middle of its start.
+    """
+    model = config.model_config
+    if device == "cpu" and config.lora_config is not None and model.is_moe:
+        raise XloomError(
+            "unsupported_architecture",
+            f"{model.architectures[0]} is a mixture of experts, which vLLM does not run on CPU once adapters are on: "
+            "its experts then want Triton and a GPU.",
+            "Serve it on a GPU, or with engine.backend: transformers.",
+        )
+
+
 def check_mixtures(config: VllmConfig) -> None:
     """Whether the model can have a scaling sequence beside a request. Asks vLLM's registry, which loads no weights.
 

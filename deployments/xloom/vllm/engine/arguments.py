@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from xloom.engines.kv_size import pair_pages, token_bytes, too_few_pages
 from xloom.protocol import XloomError
-from xloom.vllm.engine.architecture import check_mixtures, dtype_for, target_modules, text_config
+from xloom.vllm.engine.architecture import check_experts, check_mixtures, dtype_for, target_modules, text_config
+from xloom.vllm.engine.causes import brief, explained
 from xloom.vllm.engine.lora_configs import VARIABLE, LoRAShapes, lora_shapes, tuned_folder
 from xloom.vllm.engine.platform import device_of
 from xloom.vllm.engine.refusals import check_dtype, check_environment, check_resolved, merged, no_wide_lora
@@ -156,10 +157,12 @@ def engine_config(model: ModelSettings, engine: EngineSettings, *, xlora: bool, 
             "unknown_engine_argument", f"vLLM refuses engine.extra_args: {error}", "See vLLM's engine arguments."
         ) from error
     except (ValueError, NotImplementedError) as error:
-        raise XloomError(
-            "invalid_engine_settings", f"vLLM refuses the settings: {error}", "Mend the settings."
+        known = explained(type(error).__name__, str(error))
+        raise known or XloomError(
+            "invalid_engine_settings", f"vLLM refuses the settings: {brief(str(error))}.", "Mend the settings."
         ) from error
     check_dtype(config, device)
+    check_experts(config, device)
     if xlora:
         check_mixtures(config)
         check_resolved(config)

@@ -87,6 +87,7 @@ class VLLMBackend(LLMBackend):
         cls.require()
         from xloom.quantization.folding import read_folding
         from xloom.vllm.engine.arguments import check_pages, engine_config
+        from xloom.vllm.engine.causes import recorded, start_error
         from xloom.vllm.engine.mixture import MixtureReader
 
         if isq is not None:
@@ -97,9 +98,13 @@ class VLLMBackend(LLMBackend):
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.executor import Executor
 
-        core = await asyncio.to_thread(
-            EngineCoreClient.make_async_mp_client, config, Executor.get_class(config), log_stats=True
-        )
+        with recorded(config) as causes:
+            try:
+                core = await asyncio.to_thread(
+                    EngineCoreClient.make_async_mp_client, config, Executor.get_class(config), log_stats=True
+                )
+            except Exception as error:
+                raise start_error(error, causes) from error
         if xlora:
             try:
                 check_pages(config)
@@ -202,20 +207,37 @@ class VLLMBackend(LLMBackend):
         return None if self._mixture is None else await self._mixture.growth()
 
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
+        from xloom.vllm.engine.applied import check_applied
         from xloom.vllm.lora import lora_request
 
         if self._folding is not None:
             path = await asyncio.to_thread(self._rescale, ref, path, self._folding)
         request = lora_request(ref, str(path))
+        for other, held in self._adapters.items():
+            if held.lora_int_id == request.lora_int_id and other != ref:
+                raise XloomError(
+                    "adapter_number_taken",
+                    f"{ref.name!r} would have the number that {other.name!r} has inside the engine.",
+                    "It is loaded once the other is removed.",
+                    503,
+                )
+        await check_applied(self._core, ref, path)
         try:
             await self._core.add_lora_async(request)
-        except Exception as error:  # the engine goes on; the message is vLLM's own
+        except Exception as error:
+            # The engine goes on. The message is vLLM's own; the error's type is lost on the way (vLLM 0.32), and so
+            # whether it is about these files or will pass.
             raise XloomError(
                 "adapter_load_failed",
                 f"The engine refused the adapter {ref.name!r}: {error}",
                 "See docs/errors.md.",
-                400,
+                500,
             ) from error
+        try:
+            await check_applied(self._core, ref, path, request.lora_int_id)
+        except XloomError:
+            await self._core.remove_lora_async(request.lora_int_id)
+            raise
         self._adapters[ref] = request
 
     def _rescale(self, ref: AdapterRef, prepared: Path, folding: Folding) -> Path:

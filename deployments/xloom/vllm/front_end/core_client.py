@@ -7,6 +7,7 @@ is the model), `vllm.v1.engine.{EngineCoreRequest, EngineCoreOutput, EngineCoreO
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from xloom.router.dispatch import Dispatcher
 from xloom.router.traffic import Ending
 from xloom.vllm.lora import adapter_ref
 from xloom.vllm.sampling import sampling_to_dict
+
+logger = logging.getLogger(__name__)
 
 _FINISH = {name: FinishReason(number) for number, name in enumerate(FINISH_REASON_STRINGS)}
 
@@ -74,24 +77,32 @@ class RoutedCoreClient(EngineCoreClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         if request.abort_immediately:
             return
+        try:
+            self._submit(request)
+        except XloomError as error:
+            self._take_failure(request.request_id, error)
+        except Exception as error:  # AsyncLLM has registered it, and would wait for its tokens for ever
+            logger.exception("request %s could not be sent", request.request_id)
+            message = f"The request can't be sent to a replica: {error}"
+            self._take_failure(request.request_id, XloomError("unencodable_request", message, "Mend the request."))
+
+    def _submit(self, request: EngineCoreRequest) -> None:
         if request.sampling_params is None or request.prompt_token_ids is None or request.mm_features:
             message = "Only text generation crosses to the replicas."
-            self._on_failed(request.request_id, XloomError("input_not_supported", message, "Send text.", 400))
-            return
-        self._prefills[request.request_id] = _Prefill(len(request.prompt_token_ids), time.monotonic())
-        self._dispatcher.submit(
-            TokenRequest(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling=sampling_to_dict(request.sampling_params),
-                adapter=adapter_ref(request.lora_request) if request.lora_request else None,
-                priority=request.priority,
-                arrival_time=request.arrival_time,
-                cache_salt=request.cache_salt,
-                client_id=bound().get("request_id", ""),
-                extra={} if request.reasoning_ended is None else {"reasoning_ended": request.reasoning_ended},
-            )
+            raise XloomError("input_not_supported", message, "Send text.", 400)
+        told = TokenRequest(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=sampling_to_dict(request.sampling_params),
+            adapter=adapter_ref(request.lora_request) if request.lora_request else None,
+            priority=request.priority,
+            arrival_time=request.arrival_time,
+            cache_salt=request.cache_salt,
+            client_id=bound().get("request_id", ""),
+            extra={} if request.reasoning_ended is None else {"reasoning_ended": request.reasoning_ended},
         )
+        self._prefills[request.request_id] = _Prefill(len(request.prompt_token_ids), time.monotonic())
+        self._dispatcher.submit(told)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         # Only AsyncLLM's output handler comes here, with what has met a stop string: see RoutedEngineClient.abort.
@@ -130,11 +141,24 @@ class RoutedCoreClient(EngineCoreClient):
     def shutdown(self, timeout: float | None = None) -> None:
         self.resources.engine_dead = True
 
+    def set_vocabulary(self, tokens: int) -> None:
+        """How many log-probabilities `-1` stands for."""
+        self._dispatcher.vocabulary = tokens
+
     # From the replicas.
 
     def _take_step(self, chunks: list[TokenChunk]) -> None:
         """One frame becomes one `EngineCoreOutputs`: the hot path."""
-        self._outputs.put_nowait(EngineCoreOutputs(outputs=[self._output(chunk) for chunk in chunks]))
+        outputs = []
+        for chunk in chunks:
+            try:
+                outputs.append(self._output(chunk))
+            except Exception as error:
+                logger.exception("a chunk of request %s can't be read", chunk.request_id)
+                message = f"The engine's answer can't be read: {type(error).__name__}."
+                self._dispatcher.give_up(chunk.request_id, XloomError("answer_unsendable", message, "Report it.", 500))
+        if outputs:
+            self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
 
     def _output(self, chunk: TokenChunk) -> EngineCoreOutput:
         output = EngineCoreOutput(chunk.request_id, chunk.token_ids)

@@ -17,7 +17,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -89,6 +89,7 @@ class RoutedEngineClient(AsyncLLM):
                 stat_loggers=[RequestStatLogger, PrometheusStatLogger],
             )
         core.call_on_failure(self._fail)
+        core.set_vocabulary(vllm_config.model_config.get_vocab_size())
         self._grammars = GrammarCheck(limits or LimitSettings(), self._tokenizer_info)
         # Without it vLLM leaves structured output to us: `add_request` has it validated, and not on the event loop.
         self.input_processor.structured_outputs_config = None
@@ -109,7 +110,13 @@ class RoutedEngineClient(AsyncLLM):
             raise RequestError(error) from None
         config = self.vllm_config.structured_outputs_config
         tokenizer = self.input_processor.tokenizer
-        await asyncio.to_thread(params._validate_structured_outputs, self.model_config, config, tokenizer)
+        try:
+            await asyncio.to_thread(params._validate_structured_outputs, self.model_config, config, tokenizer)
+        except (ValueError, VLLMClientError):  # with vLLM's own reason
+            raise
+        except Exception as error:  # a compiler's own, such as xgrammar's: it says that the grammar is none
+            what = f"The structured output can't be compiled: {str(error)[:200]}."
+            raise RequestError(XloomError("invalid_request", what, "Mend or simplify it.")) from error
 
     def _tokenizer_info(self) -> str:
         """As `vllm.v1.structured_output.backend_xgrammar.XgrammarBackend.__post_init__` makes it."""

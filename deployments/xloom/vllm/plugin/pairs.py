@@ -20,7 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from xloom.mixtures.prepare import XLORA_FILE
+from xloom.mixtures.options import XLORA_FILE
 from xloom.mixtures.single_pass import segment_end
 
 SCALING_MARK = "~scaling"  # in a scaling sequence's id; what precedes it is the mixture's request
@@ -85,7 +85,7 @@ class SinglePassRequest(Request):
 
 
 class MixtureRequest(Request):
-    """A request that computes only tokens whose gates are known. Made of vLLM's own by `pair`."""
+    """A request that computes only tokens whose gates are known. Made of vLLM's own by `mixture_request`."""
 
     scaling: ScalingRequest
     # Routing in one pass: the tokens whose gates the scaling sequence makes. None: all of them.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xloom.mixtures.prepare import XLORA_FILE
+from xloom.mixtures.options import XLORA_FILE
 from xloom.mixtures.routing import Routing
 
 if TYPE_CHECKING:

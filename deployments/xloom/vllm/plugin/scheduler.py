@@ -246,10 +246,8 @@ class PairScheduling(Scheduler):
         allowed = num_new_tokens
         if type(request) is Request:
             pass
-        elif isinstance(request, MixtureRequest):
+        elif isinstance(request, MixtureRequest | SinglePassRequest):
             # Within schedule() the scaling sequence's count is still that of before the step.
-            allowed = min(num_new_tokens, request.tokens_with_gates(num_computed_tokens))
-        elif isinstance(request, SinglePassRequest):
             allowed = min(num_new_tokens, request.tokens_with_gates(num_computed_tokens))
         elif isinstance(request, ScalingRequest) and request.mixture is not None:
             # At most a step's tokens ahead: gates take memory until they are used.

@@ -12,7 +12,7 @@ import pytest
 from tests.models import ARCHITECTURES, tiny_model
 from xloom.protocol import XloomError
 from xloom.settings import ModelSettings
-from xloom.vllm.engine.architecture import USUAL, check_mixtures, target_modules
+from xloom.vllm.engine.architecture import USUAL, check_experts, check_mixtures, target_modules
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FIXED = [*ATTENTION, "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
@@ -113,6 +113,17 @@ def test_models_that_take_no_lora_in_vllm_are_refused() -> None:
     with pytest.raises(XloomError, match="GPT2LMHeadModel: it takes no LoRA") as raised:
         check_mixtures(of_kind("GPT2LMHeadModel"))
     assert raised.value.code == "unsupported_architecture"
+
+
+def test_experts_with_adapters_are_refused_on_cpu_by_name() -> None:
+    config = of_kind("MixtralForCausalLM", is_moe=True)
+    config.lora_config = object()
+    with pytest.raises(XloomError, match="MixtralForCausalLM is a mixture of experts") as raised:
+        check_experts(config, "cpu")
+    assert raised.value.code == "unsupported_architecture"
+    check_experts(config, "cuda")
+    config.model_config.is_moe = False
+    check_experts(config, "cpu")
 
 
 def written(folder: Path, kind: str) -> None:

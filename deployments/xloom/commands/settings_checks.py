@@ -1,0 +1,102 @@
+"""What `xloom doctor` finds in the settings and the files they name: what a start, or an add, would refuse."""
+
+from __future__ import annotations
+
+import tempfile
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xloom.commands.checks import Finding
+from xloom.preflight import refusals
+from xloom.protocol import Overrides, XloomError
+from xloom.settings import AdapterSettings, RouterSettings, Settings, XLoraSettings
+
+if TYPE_CHECKING:
+    from xloom.adapters.catalog import AdapterCatalog
+
+
+def check_settings(settings: Settings) -> list[Finding]:
+    """All that would be refused: by the start, the router's keys, and for each adapter and bundle on this machine."""
+    found = [failed("settings", error) for error in refusals(settings)]
+    found = found or [Finding("settings", "ok", "nothing that a start would refuse")]
+    return [*found, *check_keys(settings.router), *check_adapters(settings)]
+
+
+def failed(check: str, error: XloomError) -> Finding:
+    """An error as a finding."""
+    return Finding(check, "fail", f"{error.message} [{error.code}]", error.cure)
+
+
+def check_keys(router: RouterSettings) -> list[Finding]:
+    """Who may reach the endpoint, and who may change what it serves."""
+    if router.api_key is None and router.admin_key is None:
+        if _is_loopback(router.host):
+            return [Finding("keys", "ok", f"none: the endpoint is for this machine alone ({router.host})")]
+        detail = f"none, and the endpoint listens at {router.host}: whoever reaches it may use and change it"
+        return [Finding("keys", "warn", detail, "Set XLOOM_API_KEY and XLOOM_ADMIN_KEY, or router.host: 127.0.0.1.")]
+    if router.admin_key is None:
+        detail = "there is no admin key: every API key may add and remove adapters"
+        return [Finding("keys", "warn", detail, "Set XLOOM_ADMIN_KEY as well.")]
+    if router.api_key is None and not _is_loopback(router.host):
+        detail = f"there is no API key, and the endpoint listens at {router.host}: whoever reaches it may use it"
+        return [Finding("keys", "warn", detail, "Set XLOOM_API_KEY as well.")]
+    return [Finding("keys", "ok", "set")]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_adapters(settings: Settings) -> list[Finding]:
+    """Take in each adapter and bundle that lies on this machine, as the store would, and forget it again."""
+    entries: list[AdapterSettings] = [*settings.adapters, *settings.xlora]
+    if not entries:
+        return []
+    try:
+        from xloom.adapters import sources
+        from xloom.adapters.catalog import AdapterCatalog
+        from xloom.adapters.validation import base_shape
+
+        base_shape(settings.model.source, settings.model.revision)
+    except ModuleNotFoundError as error:
+        return [Finding("adapters", "warn", f"not looked at: the package {error.name!r} is missing")]
+    except XloomError as error:
+        return [failed("adapters", error)]
+    found = []
+    with tempfile.TemporaryDirectory(prefix="xloom-doctor-") as folder:
+        base = settings.model
+        catalog = AdapterCatalog(
+            Path(folder), base.source, settings.store.max_rank, [base.served_name], base_revision=base.revision
+        )
+        for entry in entries:
+            if sources.is_local(entry.source):
+                found.append(_check_adapter(settings, catalog, entry))
+            else:
+                found.append(Finding(f"adapter {entry.name}", "ok", f"not looked at: {entry.source} is not here"))
+    return found
+
+
+def _check_adapter(settings: Settings, catalog: AdapterCatalog, entry: AdapterSettings) -> Finding:
+    kind = "xlora" if isinstance(entry, XLoraSettings) else "lora"
+    check = f"{'bundle' if kind == 'xlora' else 'adapter'} {entry.name}"
+    overrides = Overrides.of(entry) if kind == "xlora" else Overrides()
+    try:
+        with catalog.stage(entry.name, entry.source, kind, overrides) as staged:
+            rank, limit = staged.entry.rank, settings.engine.max_lora_rank
+            if limit != "auto" and rank > limit:
+                raise XloomError(
+                    "rank_too_large",
+                    f"The rank of {entry.name!r} is {rank}; engine.max_lora_rank is {limit}.",
+                    f"Set engine.max_lora_rank to {rank} or more, or to auto.",
+                )
+            return Finding(check, "ok", f"rank {rank}, {', '.join(staged.entry.targets)}")
+    except XloomError as error:
+        return failed(check, error)
+    except Exception as error:  # whatever a damaged file makes of its readers: the other findings count as well
+        return Finding(
+            check, "fail", f"{entry.source} can't be read: {type(error).__name__}: {error}", "Save it again."
+        )
