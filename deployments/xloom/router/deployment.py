@@ -96,7 +96,7 @@ class Router:
         limited = BodyLimits(app, limits)
         keys = _secret(settings.router.api_key), _secret(settings.router.admin_key)
         guarded = Guard(limited, partial(access, app), *keys)
-        coded = CodedErrors(guarded, uncounted=is_open)
+        coded = CodedErrors(guarded, uncounted=is_open, reword=self._front_end.reword)
         identified = RequestIdMiddleware(coded, tracing=self._tracing, lines=watch.logs.requests)
         self._listener = HttpListener(identified, settings.router.host, settings.router.port, limits)
         app.state.server = self._listener.server

@@ -18,11 +18,11 @@ from xloom.engines.prompt import check_prompt
 from xloom.observability.recorder import ray_is_up
 from xloom.protocol import AdapterRef, EngineStats, Logprobs, MixtureFigures, TokenChunk, TokenRequest, XloomError
 from xloom.quantization import recipes
-from xloom.vllm.engine.request_limits import RequestLimits
+from xloom.vllm.engine.request_limits import RequestLimits, cap_lengths
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreEvent, EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.engine.core_client import AsyncMPClient
 
     from xloom.quantization.folding import Folding
@@ -141,6 +141,7 @@ class VLLMBackend(LLMBackend):
         except (ValueError, VLLMClientError) as error:  # msgspec's checks and vLLM's own
             raise XloomError("invalid_sampling", str(error), "See vLLM's SamplingParams for what it takes.") from None
         self._limits.check(sampling, self._vocabulary)
+        cap_lengths(sampling, self._max_model_len)
         if PROMPT_ARG in (sampling.extra_args or {}):
             raise XloomError("invalid_sampling", f"vllm_xargs can't say {PROMPT_ARG}.", "Leave it out.")
         if request.num_client_tokens is not None and request.adapter is not None and request.adapter.kind == "xlora":
@@ -328,4 +329,18 @@ def _chunk(output: EngineCoreOutput) -> TokenChunk:
         )
     if output.prefill_stats is not None:
         chunk.num_cached_tokens = output.prefill_stats.num_cached_tokens
+    if output.events:
+        chunk.queued_us, chunk.preemptions = _waits(output.events)
     return chunk
+
+
+def _waits(events: list[EngineCoreEvent]) -> tuple[int, int]:
+    """The microseconds from a request's arrival until it was first scheduled, and its preemptions, in these events."""
+    times: dict[str, float] = {}
+    preemptions = 0
+    for event in events:
+        preemptions += event.type.name == "PREEMPTED"
+        times.setdefault(event.type.name, event.timestamp)
+    if "QUEUED" not in times or "SCHEDULED" not in times:
+        return 0, preemptions
+    return max(0, round(1e6 * (times["SCHEDULED"] - times["QUEUED"]))), preemptions

@@ -1,7 +1,9 @@
 """What vLLM's workers can't hold is refused when it comes: there it would end the engine, and every request on it.
 
-Relies on vLLM 0.32: the V2 runner's `vllm.v1.worker.gpu.sample.{logit_bias, bad_words, states}`, which keep a request's
-fields in arrays of these sizes and raise in the worker, where nobody catches it. The V1 runner has no such limits.
+Relies on vLLM 0.32: the V2 runner's `vllm.v1.worker.gpu.sample.{logit_bias, bad_words, states}` and `...gpu.states`,
+which keep a request's fields in arrays of these sizes and raise in the worker, where nobody catches it. The V1 runner
+(`vllm.v1.worker.gpu_input_batch`) has no such limits, but both index logits with the tokens. What vLLM's own
+`SamplingParams.verify` holds against the vocabulary or a limit, a router's front end has checked.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
-_INT32 = 2**31 - 1
 _INT64 = 2**63 - 1
 
 
@@ -69,8 +70,13 @@ class RequestLimits:
                 raise _refused(f"{name} has {count} entries; this engine takes {limit}")
         if sampling.seed is not None and not -_INT64 - 1 <= sampling.seed <= _INT64:
             raise _refused("seed is beyond 64 bits with a sign")
-        if sampling.min_tokens > _INT32 // 2:
-            raise _refused("min_tokens is more than any model's context")
+
+
+def cap_lengths(sampling: SamplingParams, max_model_len: int) -> None:
+    """An answer ends with the context, and with it all that is longer: what is asked for beyond need not fit 32 bits."""
+    asked = sampling.max_tokens
+    sampling.max_tokens = max_model_len if asked is None else min(asked, max_model_len)
+    sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
 
 
 def _refused(message: str) -> XloomError:

@@ -30,6 +30,7 @@ from xloom.protocol import XloomError
 from xloom.router.errors import code_for, error_body, error_type
 from xloom.settings import Settings
 from xloom.vllm.front_end.engine_client import RequestError, RoutedEngineClient
+from xloom.vllm.front_end.wording import in_settings
 from xloom.vllm.lora import lora_request, plain_name
 
 
@@ -87,6 +88,7 @@ def coded_error_response(
     plain = create_error_response(message, err_type, status_code, param)
     error = plain.error
     code = message.code if isinstance(message, RequestError) else code_for(error.code, error.message, error.param)
+    error.message = in_settings(error.message)
     return _CodedErrorResponse(error=error, stable_code=code)
 
 

@@ -23,14 +23,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from xloom.protocol import XloomError
 from xloom.router.traffic import Ending
 from xloom.settings import LimitSettings, Settings
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.grammars import GrammarCheck
-from xloom.vllm.metrics import RequestStatLogger
+from xloom.vllm.metrics import RequestStatLogger, ScrapedStatLogger
 
 
 class RequestError(GracefulHTTPError):
@@ -84,9 +83,9 @@ class RoutedEngineClient(AsyncLLM):
                 Executor,
                 log_stats=True,
                 log_requests=False,
-                # Both by name: StatLoggerManager leaves its own Prometheus logger out once it is given one of its kind;
-                # and that one last: each, as it is made, takes what /metrics had of vLLM out of the registry.
-                stat_loggers=[RequestStatLogger, PrometheusStatLogger],
+                # StatLoggerManager leaves its own Prometheus logger out once it is given one of its kind. Ours of that
+                # kind last: each, as it is made, takes what /metrics had of vLLM out of the registry.
+                stat_loggers=[RequestStatLogger, ScrapedStatLogger],
             )
         core.call_on_failure(self._fail)
         core.set_vocabulary(vllm_config.model_config.get_vocab_size())
@@ -98,8 +97,10 @@ class RoutedEngineClient(AsyncLLM):
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
     ) -> RequestOutputCollector:
         """As `AsyncLLM.add_request`; a grammar is compiled aside first. Raises `RequestError`."""
-        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
-            await self._check_grammar(params)
+        if isinstance(params, SamplingParams):
+            _check_extra_args(params)
+            if params.structured_outputs is not None:
+                await self._check_grammar(params)
         return await super().add_request(request_id, prompt, params, *args, **options)
 
     async def _check_grammar(self, params: SamplingParams) -> None:
@@ -153,6 +154,13 @@ class RoutedEngineClient(AsyncLLM):
     def _abort_in_core(self, request_ids: list[str], ending: Ending) -> None:
         assert isinstance(self.engine_core, RoutedCoreClient)
         self.engine_core.abort_now(request_ids, ending)
+
+
+def _check_extra_args(params: SamplingParams) -> None:
+    """vLLM takes these out of what `vllm_xargs` may hold, and takes their type for granted. Raises `RequestError`."""
+    for name in ("kv_transfer_params", "ec_transfer_params"):
+        if not isinstance((params.extra_args or {}).get(name), (dict, type(None))):
+            raise RequestError(XloomError("invalid_request", f"`{name}` must be an object.", "Leave it out."))
 
 
 @contextmanager
