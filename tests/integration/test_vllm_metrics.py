@@ -25,7 +25,7 @@ from xloom.router.traffic import Traffic
 from xloom.settings import Settings, parse_settings
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.engine_client import RoutedEngineClient, front_end_config
-from xloom.vllm.metrics import LEFT_OUT, RequestStatLogger, ScrapedStatLogger, SchedulerStatLogger
+from xloom.vllm.metrics import LEFT_OUT, RequestStatLogger, SchedulerStatLogger, ScrapedStatLogger
 
 pytestmark = pytest.mark.timeout(300)
 

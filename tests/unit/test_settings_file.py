@@ -67,9 +67,7 @@ def test_a_value_is_taken_as_written_or_refused(tmp_path: Path, text: str) -> No
     assert refused(tmp_path, text).code == "invalid_settings"
 
 
-def test_what_a_library_changes_in_pyyaml_changes_nothing_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_library_changes_in_pyyaml_changes_nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for tag in ("timestamp", "int"):  # in place, as lm-format-enforcer does it at its import
         monkeypatch.setitem(yaml.SafeLoader.yaml_constructors, f"tag:yaml.org,2002:{tag}", lambda *_: "else")
     assert refused(tmp_path, "model: {served_name: 2024-99-99}").code == "invalid_settings"

@@ -52,11 +52,9 @@ class _Lenient(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_slips(cls, body: Any) -> Any:
+        fields = cls.model_fields
         for name in body if isinstance(body, dict) else ():
-            near = (
-                [] if name in cls.model_fields else difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.75)
-            )
-            if near:
+            if name not in fields and (near := difflib.get_close_matches(name, fields, n=1, cutoff=0.75)):
                 raise ValueError(f"{name!r} is no field here: did you mean {near[0]!r}?")
         return body
 

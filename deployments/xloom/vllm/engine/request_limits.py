@@ -73,7 +73,7 @@ class RequestLimits:
 
 
 def cap_lengths(sampling: SamplingParams, max_model_len: int) -> None:
-    """An answer ends with the context, and with it all that is longer: what is asked for beyond need not fit 32 bits."""
+    """Ask for no more tokens than the context has: the answer is the same, and the numbers fit a worker's 32 bits."""
     asked = sampling.max_tokens
     sampling.max_tokens = max_model_len if asked is None else min(asked, max_model_len)
     sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)

@@ -1,7 +1,7 @@
 """vLLM's messages in a deployment's words: what it calls a flag of its command line is a key of the settings.
 
-Relies on vLLM 0.32: `vllm.entrypoints.launchers.cli_args.FrontendArgs` and `vllm.engine.arg_utils.AsyncEngineArgs`, whose
-fields are named as the flags.
+Relies on vLLM 0.32: `vllm.entrypoints.launchers.cli_args.FrontendArgs` and `vllm.engine.arg_utils.AsyncEngineArgs`,
+whose fields are named as the flags.
 """
 
 from __future__ import annotations
