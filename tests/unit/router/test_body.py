@@ -158,3 +158,15 @@ def test_the_largest_body_is_checked_in_no_time() -> None:
     began = time.thread_time()
     check_body(body, LIMITS)
     assert time.thread_time() - began < 0.5  # of the CPU; it happens in a thread
+
+
+async def test_a_second_content_type_hides_no_body() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("reached")
+
+    transport: Any = httpx.ASGITransport(BodyLimits(app, LIMITS))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+        for kinds in (("application/json", "text/plain"), ("text/plain", "application/json"), ("Application/X+JSON",)):
+            headers = [("content-type", kind) for kind in kinds]
+            answer = await http.post("/v1/completions", content=b'{"n": 1000000}', headers=headers)
+            assert answer.json()["error"]["code"] == "limit_exceeded"

@@ -16,6 +16,7 @@ from typing import Any
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
+from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import SamplingParams
@@ -43,19 +44,25 @@ class RequestError(GracefulHTTPError):
 # Engine arguments in `engine.extra_args` that the front end needs as well.
 _SHARED_ARGS = frozenset(
     {"tokenizer", "tokenizer_mode", "trust_remote_code", "tokenizer_revision", "generation_config", "max_logprobs",
-     "override_generation_config", "hf_config_path", "hf_token", "skip_tokenizer_init", "code_revision"}
+     "override_generation_config", "hf_config_path", "hf_token", "skip_tokenizer_init", "code_revision",
+     "structured_outputs_config"}
 )  # fmt: skip
 
 
 def engine_args(settings: Settings) -> dict[str, Any]:
     """The arguments of `AsyncEngineArgs` that the front end and the engine must share."""
     shared = {key: value for key, value in settings.engine.extra_args.items() if key in _SHARED_ARGS}
+    outputs = StructuredOutputsConfig(**shared.pop("structured_outputs_config", None) or {})
+    if outputs.backend == "auto":
+        # An engine takes the library of its first such request for all that follow: one client would choose for all.
+        outputs.backend = "xgrammar"
     return {
         "model": settings.model.source,
         "revision": settings.model.revision,
         "served_model_name": [settings.model.served_name],
         "max_model_len": settings.engine.max_model_len,
         "dtype": settings.engine.dtype,
+        "structured_outputs_config": outputs,
         **shared,
     }
 
@@ -89,7 +96,9 @@ class RoutedEngineClient(AsyncLLM):
             )
         core.call_on_failure(self._fail)
         core.set_vocabulary(vllm_config.model_config.get_vocab_size())
-        self._grammars = GrammarCheck(limits or LimitSettings(), self._tokenizer_info)
+        outputs = vllm_config.structured_outputs_config
+        library, compact = outputs.backend, outputs.disable_any_whitespace
+        self._grammars = GrammarCheck(limits or LimitSettings(), self._tokenizer_info, library, compact=compact)
         # Without it vLLM leaves structured output to us: `add_request` has it validated, and not on the event loop.
         self.input_processor.structured_outputs_config = None
 
@@ -113,8 +122,11 @@ class RoutedEngineClient(AsyncLLM):
         tokenizer = self.input_processor.tokenizer
         try:
             await asyncio.to_thread(params._validate_structured_outputs, self.model_config, config, tokenizer)
-        except (ValueError, VLLMClientError):  # with vLLM's own reason
-            raise
+        except (ValueError, VLLMClientError) as error:  # with vLLM's own reason
+            if "not supported by xgrammar" not in str(error):
+                raise
+            cure = "Leave them out, or have the operator set engine.extra_args.structured_outputs_config.backend: guidance."
+            raise RequestError(XloomError("unsupported_schema", str(error), cure)) from error
         except Exception as error:  # a compiler's own, such as xgrammar's: it says that the grammar is none
             what = f"The structured output can't be compiled: {str(error)[:200]}."
             raise RequestError(XloomError("invalid_request", what, "Mend or simplify it.")) from error
