@@ -125,7 +125,8 @@ class RoutedEngineClient(AsyncLLM):
         except (ValueError, VLLMClientError) as error:  # with vLLM's own reason
             if "not supported by xgrammar" not in str(error):
                 raise
-            cure = "Leave them out, or have the operator set engine.extra_args.structured_outputs_config.backend: guidance."
+            key = "engine.extra_args.structured_outputs_config.backend"
+            cure = f"Leave them out, or have the operator set {key} to guidance."
             raise RequestError(XloomError("unsupported_schema", str(error), cure)) from error
         except Exception as error:  # a compiler's own, such as xgrammar's: it says that the grammar is none
             what = f"The structured output can't be compiled: {str(error)[:200]}."

@@ -1,10 +1,11 @@
 """Compiles grammars in a process that may be killed.
 
 `python -m xloom.vllm.front_end.grammar_worker LIBRARY WHITESPACE SECONDS BYTES`: xgrammar or guidance, `compact` or
-`loose`, and the limits of one grammar. The first line on stdin is the tokeniser, as `xgrammar.TokenizerInfo.serialize_json` writes it, and empty for guidance;
-each line after it a JSON object with `kind` and `spec`. Each is answered by a line on stdout: `{"error": null}`, or what
-the library said. As `vllm.v1.structured_output.{backend_xgrammar.XgrammarBackend.compile_grammar,
-backend_guidance.serialize_guidance_grammar}`, 0.32, do in the engine.
+`loose`, and the limits of one grammar. The first line on stdin is the tokeniser, as
+`xgrammar.TokenizerInfo.serialize_json` writes it, and empty for guidance; each line after it a JSON object with `kind`
+and `spec`. Each is answered by a line on stdout: `{"error": null}`, or what the library said. As
+`vllm.v1.structured_output.{backend_xgrammar.XgrammarBackend.compile_grammar, backend_guidance.
+serialize_guidance_grammar}`, 0.32, do in the engine.
 """
 
 from __future__ import annotations
