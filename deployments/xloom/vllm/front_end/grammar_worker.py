@@ -36,7 +36,8 @@ def main(library: str, compact: bool, seconds: float, memory: int) -> None:
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # should nobody be left to end this process
         try:
-            compile_grammar(**json.loads(line))
+            asked = json.loads(line)
+            compile_grammar(asked["kind"], asked["spec"])
             error = None
         except MemoryError:
             os._exit(1)
@@ -80,17 +81,19 @@ def _xgrammar(tokenizer: str, compact: bool) -> Compile:
 def _guidance(compact: bool) -> Compile:
     import llguidance
 
+    matcher: Any = llguidance.LLMatcher
+
     def compile_grammar(kind: str, spec: str) -> None:
         schemas = {"json": [spec]}.get(kind, [])
         if kind == "structural_tag":  # guidance knows the older form alone
             schemas = [json.dumps(each["schema"]) for each in json.loads(spec)["structures"]]
         if kind in ("json", "structural_tag"):
             defaults = {"whitespace_flexible": not compact}
-            grammars = [llguidance.LLMatcher.grammar_from_json_schema(each, defaults=defaults) for each in schemas]
+            grammars = [matcher.grammar_from_json_schema(each, defaults=defaults) for each in schemas]
         else:
             grammars = [llguidance.grammar_from("regex" if kind == "regex" else "grammar", spec)]
         for grammar in grammars:
-            llguidance.LLMatcher.validate_grammar(grammar, None)
+            matcher.validate_grammar(grammar, None)
 
     return compile_grammar
 

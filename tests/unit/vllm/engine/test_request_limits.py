@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams, envs
+from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.sample import logit_bias
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
@@ -71,7 +72,9 @@ class V2Worker:
 
 @pytest.fixture(scope="module")
 def worker() -> V2Worker:
-    return V2Worker()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buffer_utils, "is_uva_available", lambda: False)  # no GPU: no memory that it could see
+        return V2Worker()
 
 
 TOO_MANY: list[dict[str, Any]] = [
