@@ -19,10 +19,11 @@ from starlette.datastructures import State
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
+from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
@@ -136,6 +137,8 @@ FIELDS: dict[type, set[str]] = {
     ModelCard: {"id", "root", "parent", "owned_by", "max_model_len"},
     VllmConfig: {"model_config", "lora_config", "structured_outputs_config"},
     LoRAConfig: {"max_lora_rank", "max_loras"},
+    StructuredOutputsConfig: {"backend", "disable_any_whitespace"},
+    FrontendArgs: {"enable_auto_tool_choice", "tool_call_parser"},
     AsyncEngineArgs: {"model", "revision", "served_model_name", "max_model_len", "dtype", *_SHARED_ARGS},
 }  # fmt: skip
 
