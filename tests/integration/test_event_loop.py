@@ -100,3 +100,51 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         (model / name).write_text(json.dumps(written | {key: LENGTH}))
     data = {"model": {"source": str(model), "served_name": "base"}, "engine": {"max_model_len": LENGTH}}
     return parse_settings(data, with_keys=False)
+
+
+@pytest.fixture
+async def endpoint(settings: Settings) -> AsyncIterator[Endpoint]:
+    made = Endpoint(settings)
+    await made.start()
+    yield made
+    await made.close()
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "base", "prompt": "Hello", "max_tokens": 2, **fields}
+
+
+def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "base", "messages": list(messages), "max_tokens": 2, **fields}
+
+
+def tool(number: int) -> dict[str, Any]:
+    properties = {f"p{each}": {"type": "string"} for each in range(25)}
+    return {"type": "function", "function": {"name": f"f{number}", "parameters": {"properties": properties}}}
+
+
+TEXT = "long " * 100_000
+USER = {"role": "user", "content": "a"}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+# As much as the limits let through, or just beyond them.
+REQUESTS: list[tuple[str, str, Any]] = [
+    ("metrics", "/metrics", None),
+    ("half a megabyte to tokenise", "/tokenize", {"model": "base", "prompt": TEXT}),
+    ("a context to tokenise", "/tokenize", {"model": "base", "prompt": "a" * 8000, "return_token_strs": True}),
+    ("many tokens to detokenise", "/detokenize", {"model": "base", "tokens": [65] * 300_000}),
+    ("a prompt of 300,000 tokens", "/v1/completions", completion(prompt=[65] * 300_000)),
+    ("128 prompts of 2,000 tokens", "/v1/completions", completion(prompt=[[65] * 2000] * 128)),
+    ("512 sequences", "/v1/completions", completion(prompt=["a"] * 128, n=4, temperature=1)),
+    ("half a megabyte of text", "/v1/completions", completion(prompt=TEXT)),
+    ("1,024 messages", "/v1/chat/completions", chat(*[USER] * 1024)),
+    ("6,000 parts of a message", "/v1/chat/completions", chat({"role": "user", "content": [{"type": "text", "text": "a"}] * 6000})),
+    ("2,800 calls of tools", "/v1/chat/completions", chat({"role": "assistant", "content": "a", "tool_calls": [CALL] * 2800})),
+    ("128 tools", "/v1/chat/completions", chat(USER, tools=[tool(number) for number in range(128)])),
+    ("19,000 prompts that are none", "/v1/completions", completion(prompt=[{}] * 19_000)),
+    ("1,000 messages that are none", "/v1/chat/completions", chat(*[{"role": 5}] * 1000)),
+    ("9,000 parts that are none", "/v1/chat/completions", chat({"role": "user", "content": [{"type": 5}] * 9000})),
+    ("1,000 items of input", "/v1/responses", {"model": "base", "input": [USER] * 1000}),
+    ("1,000 items that are none", "/v1/responses", {"model": "base", "input": [{"role": 5}] * 1000}),
+    ("1,000 messages of Anthropic's", "/v1/messages", chat(*[USER] * 1000)),
+    ("128 conversations", "/v1/chat/completions/batch", chat(*[[USER] * 8] * 128)),
+]

@@ -33,6 +33,9 @@ from xloom.vllm.front_end.engine_client import RequestError, RoutedEngineClient
 from xloom.vllm.front_end.wording import in_settings
 from xloom.vllm.lora import lora_request, plain_name
 
+# JSON inside a string of the body, such as a tool call's arguments, is read by whoever comes to it.
+_TOO_DEEP = XloomError("limit_exceeded", "JSON in one of the body's strings is nested too deep.", "Nest less.")
+
 
 class ServedModels(OpenAIServingModels):
     """Model names: the base model, and what the store's manifest names."""
@@ -85,6 +88,8 @@ def coded_error_response(
     param: str | None = None,
 ) -> ErrorResponse:
     """vLLM's `create_error_response`, with a stable code; streams end with it."""
+    if isinstance(message, RecursionError):
+        message = RequestError(_TOO_DEEP)
     plain = create_error_response(message, err_type, status_code, param)
     error = plain.error
     code = message.code if isinstance(message, RequestError) else code_for(error.code, error.message, error.param)
@@ -113,6 +118,7 @@ async def build_front_end(engine: RoutedEngineClient, settings: Settings) -> tup
         app = launcher.build_app(args, tasks, engine.model_config)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(XloomError, _answer_xloom_error)
+    app.add_exception_handler(RecursionError, _answer_too_deep)
     with _models_class(ServedModels):
         await app_state.init_app_state(engine, app.state, args, tasks)
     for serving in vars(app.state)["_state"].values():
@@ -132,6 +138,10 @@ async def _answer_request_error(request: Request, error: Exception) -> JSONRespo
 async def _answer_xloom_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, XloomError)
     return JSONResponse(error_body(error), error.status)
+
+
+async def _answer_too_deep(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(_TOO_DEEP), _TOO_DEEP.status)
 
 
 @contextmanager

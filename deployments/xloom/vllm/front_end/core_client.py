@@ -91,6 +91,9 @@ class RoutedCoreClient(EngineCoreClient):
         if request.sampling_params is None or request.prompt_token_ids is None or request.mm_features:
             message = "Only text generation crosses to the replicas."
             raise XloomError("input_not_supported", message, "Send text.", 400)
+        if request.sampling_params.prompt_logprob_token_ids is not None:
+            message = "prompt_logprob_token_ids has no answer here."
+            raise XloomError("unsupported_sampling", message, "Ask for prompt_logprobs.", 400)
         told = TokenRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
