@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -137,8 +138,16 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("512 sequences", "/v1/completions", completion(prompt=["a"] * 128, n=4, temperature=1)),
     ("half a megabyte of text", "/v1/completions", completion(prompt=TEXT)),
     ("1,024 messages", "/v1/chat/completions", chat(*[USER] * 1024)),
-    ("6,000 parts of a message", "/v1/chat/completions", chat({"role": "user", "content": [{"type": "text", "text": "a"}] * 6000})),
-    ("2,800 calls of tools", "/v1/chat/completions", chat({"role": "assistant", "content": "a", "tool_calls": [CALL] * 2800})),
+    (
+        "6,000 parts of a message",
+        "/v1/chat/completions",
+        chat({"role": "user", "content": [{"type": "text", "text": "a"}] * 6000}),
+    ),
+    (
+        "2,800 calls of tools",
+        "/v1/chat/completions",
+        chat({"role": "assistant", "content": "a", "tool_calls": [CALL] * 2800}),
+    ),
     ("128 tools", "/v1/chat/completions", chat(USER, tools=[tool(number) for number in range(128)])),
     ("19,000 prompts that are none", "/v1/completions", completion(prompt=[{}] * 19_000)),
     ("1,000 messages that are none", "/v1/chat/completions", chat(*[{"role": 5}] * 1000)),

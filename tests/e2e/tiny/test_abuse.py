@@ -36,6 +36,7 @@ def completion(**fields: Any) -> dict[str, Any]:
     return {"model": "base", "prompt": "Hello", "max_tokens": 2, **fields}
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}
 LONG = "long " * 4_000_000  # 20 MB
 HOSTILE: dict[str, tuple[str, Any, set[int]]] = {
     "twenty megabytes to tokenise": ("/tokenize", {"model": "base", "prompt": LONG}, {413}),
@@ -43,6 +44,21 @@ HOSTILE: dict[str, tuple[str, Any, set[int]]] = {
     "arguments of 70 MB": ("/v1/completions", completion(vllm_xargs={"a": LONG * 3}), {413}),
     "a doubled schema": ("/v1/completions", completion(structured_outputs={"json": doubled(14)}), {400}),
     "a regex of 100 kB": ("/v1/completions", completion(structured_outputs={"regex": "(ab|c)?" * 14_000}), {400}),
+    "a regex of a million repetitions": (
+        "/v1/completions",
+        completion(structured_outputs={"regex": "((a{1,400}){1,400}b){1,400}"}),
+        {400},
+    ),
+    "a schema for another library": (
+        "/v1/completions",
+        completion(structured_outputs={"json": {"type": "integer", "multipleOf": 3}}),
+        {400},
+    ),
+    "a grammar for the first library": (  # which a schema for another would have put out of use
+        "/v1/completions",
+        completion(structured_outputs={"grammar": 'root ::= "a" | "b"'}),
+        {200},
+    ),
     "10,000 messages": (
         "/v1/chat/completions",
         {"model": "base", "messages": [{"role": "user", "content": "a"}] * 10_000},
@@ -54,6 +70,12 @@ HOSTILE: dict[str, tuple[str, Any, set[int]]] = {
     "one in a schema": ("/v1/completions", completion(structured_outputs={"json": {"maximum": 2**64}}), {400}),
     "a surrogate in stop": ("/v1/completions", b'{"model":"base","prompt":"a","stop":"\\ud800"}', {400}),
     "a surrogate in bad_words": ("/v1/completions", b'{"model":"base","prompt":"a","bad_words":["\\udfff"]}', {400}),
+    "a transfer that is text": ("/v1/completions", completion(vllm_xargs={"kv_transfer_params": "a"}), {400}),
+    "deep JSON in a string": (
+        "/v1/chat/completions",
+        {"model": "base", "messages": [{"role": "assistant", "tool_calls": [CALL]}]},
+        {400},
+    ),
     "a choice that is text": ("/v1/completions", completion(structured_outputs={"choice": "a"}), {400}),
     "deep JSON": ("/invocations", b'{"a":' * 100_000, {400}),
     "all log-probabilities": ("/v1/completions", completion(prompt_logprobs=-1), {400}),

@@ -31,6 +31,10 @@ GOOD: list[dict[str, Any]] = [
     {"prompt": "Hello", "max_tokens": 4, "stop": ["\n"], "logit_bias": {"5": 1.5}, "n": 2, "logprobs": 5},
     {"prompt": [65] * 131_072},
     {"prompt": [[65, 66], [67]]},
+    {"prompt": [65] * 8000, "echo": True, "logprobs": 1, "max_tokens": 1},
+    {"prompt": "a" * 20_000, "prompt_logprobs": 5, "n": 1},
+    {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 20, "max_tokens": 32_000},
+    {"prompt": ["a"] * 64, "n": 2, "logprobs": 5, "max_tokens": 16},
     {"prompt": ["a", "b"], "temperature": 1e-3, "seed": 2**63 - 1},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello \U0001f600"}]}] * 100},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(12)}}] * 20},
@@ -41,6 +45,11 @@ GOOD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("body", GOOD, ids=lambda body: json.dumps(body)[:40])
+@pytest.mark.parametrize("wanted", ["", 0, True, [], {"choice": "a"}, {"regex": 1}, {"json": []}])
+def test_structured_output_of_another_type_is_refused(wanted: Any) -> None:
+    assert refusal({"prompt": "a", "structured_outputs": wanted}).code == "invalid_request"
+
+
 def test_what_people_ask_for_passes(body: dict[str, Any]) -> None:
     check_body(json.dumps(body).encode(), LIMITS)
     check_body(json.dumps(body, ensure_ascii=False).encode(), LIMITS)
@@ -60,6 +69,12 @@ def test_what_people_ask_for_passes(body: dict[str, Any]) -> None:
         ({"prompt": "a", "n": 129}, "n"),
         ({"prompt": "a", "best_of": 10**6}, "n"),
         ({"prompt": "a", "prompt_logprobs": 10**6}, "logprobs"),
+        ({"prompt": [65] * 8000, "prompt_logprobs": 20}, "logprob_values"),
+        ({"prompt": [[65] * 2000] * 100, "echo": True, "logprobs": 1}, "logprob_values"),
+        ({"token_ids": [65] * 8000, "sampling_params": {"prompt_logprobs": 20}}, "logprob_values"),
+        ({"prompt": "a" * 200_000, "prompt_logprobs": 0, "n": 2}, "logprob_values"),
+        ({"prompt": "a", "n": 128, "max_tokens": 8000, "logprobs": 20}, "logprob_values"),
+        ({"prompt": "a" * 100_000, "return_token_strs": True}, "prompt_characters"),
         ({"prompt": "a", "stop": ["a"] * 65}, "stop_strings"),
         ({"prompt": "a", "bad_words": ["a"] * 65}, "stop_strings"),
         ({"prompt": "a", "stop": "a" * 1025}, "stop_characters"),

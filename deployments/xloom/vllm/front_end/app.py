@@ -30,6 +30,7 @@ from xloom.protocol import XloomError
 from xloom.router.errors import code_for, error_body, error_type
 from xloom.settings import Settings
 from xloom.vllm.front_end.engine_client import RequestError, RoutedEngineClient
+from xloom.vllm.front_end.first_fault import FirstFault
 from xloom.vllm.front_end.wording import in_settings
 from xloom.vllm.lora import lora_request, plain_name
 
@@ -119,6 +120,7 @@ async def build_front_end(engine: RoutedEngineClient, settings: Settings) -> tup
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(XloomError, _answer_xloom_error)
     app.add_exception_handler(RecursionError, _answer_too_deep)
+    app.add_middleware(FirstFault)
     with _models_class(ServedModels):
         await app_state.init_app_state(engine, app.state, args, tasks)
     for serving in vars(app.state)["_state"].values():
