@@ -8,7 +8,7 @@ INSTALL = $(PYTHON) requirements/install.py --venv $(VENV)
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve cluster test matrix chart lint format bench clean
+.PHONY: help install serve cluster test abuse matrix chart lint format bench clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
@@ -32,6 +32,10 @@ test: ## run the tests (TESTS=tests/unit for a part)
 	$(if $(BESIDE),$(BIN)/python -m pytest -n 2 --dist loadfile $(BESIDE) || failed=1;) \
 	$(if $(ALONE),$(BIN)/python -m pytest $(ALONE) || failed=1;) \
 	exit $$failed
+
+abuse: ## hostile requests beside good streams, for some minutes
+	@$(INSTALL) cpu mistralrs isq dev
+	@ABUSE_ROUNDS=10 $(BIN)/python -m pytest tests/e2e/tiny/test_abuse.py
 
 matrix: ## test each combination of extras in an environment of its own (long)
 	@$(INSTALL) cpu mistralrs isq dev

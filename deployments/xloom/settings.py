@@ -154,10 +154,11 @@ class LimitSettings(_Section):
     token_ids: int = Field(300_000, ge=1)  # of all prompts of a request
     prompt_characters: int = Field(524_288, ge=1)  # text of all prompts or messages of a request
     prompts: int = Field(128, ge=1)  # or conversations, of one request
-    messages: int = Field(1024, ge=1)
+    messages: int = Field(512, ge=1)
     n: int = Field(128, ge=1)  # answers to a prompt
     sequences: int = Field(512, ge=1)  # prompts times n
     logprobs: int = Field(128, ge=0)  # candidates of one token
+    logprob_values: int = Field(65_536, ge=0)  # of prompts, or of several sequences, in one answer
     stop_strings: int = Field(64, ge=0)  # and as many bad words
     stop_characters: int = Field(1024, ge=1)  # of one of them
     logit_bias: int = Field(1024, ge=0)

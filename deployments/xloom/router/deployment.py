@@ -101,7 +101,7 @@ class Router:
         endpoint = settings.router
         limited = BodyLimits(app, endpoint.limits)
         guarded = Guard(limited, partial(access, app), keys, local=is_loopback(endpoint.host))
-        coded = CodedErrors(guarded, uncounted=is_open)
+        coded = CodedErrors(guarded, uncounted=is_open, reword=self._front_end.reword)
         identified = RequestIdMiddleware(coded, tracing=self._tracing, lines=watch.logs.requests)
         self._listener = HttpListener(identified, endpoint.host, endpoint.port, _deployment(), endpoint.limits)
         app.state.server = self._listener.server

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, FastAPI, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
@@ -45,10 +46,23 @@ class Store(Protocol):
     async def residency(self) -> dict[str, ReplicaReport]: ...
 
 
-class LoadAdapter(BaseModel):
-    """vLLM's body of the route, and what a bundle may override."""
+class _Lenient(BaseModel):
+    """A body whose further fields are ignored, as vLLM's are, but for those that look like a slip of the pen."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_slips(cls, body: Any) -> Any:
+        fields = cls.model_fields
+        for name in body if isinstance(body, dict) else ():
+            if name not in fields and (near := difflib.get_close_matches(name, fields, n=1, cutoff=0.75)):
+                raise ValueError(f"{name!r} is no field here: did you mean {near[0]!r}?")
+        return body
+
+
+class LoadAdapter(_Lenient):
+    """vLLM's body of the route, and what a bundle may override."""
 
     lora_name: str
     lora_path: str
@@ -63,10 +77,8 @@ class LoadAdapter(BaseModel):
     verify: bool = False  # each replica proves it before serving it
 
 
-class UnloadAdapter(BaseModel):
+class UnloadAdapter(_Lenient):
     """vLLM's body of the route."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: str
     lora_int_id: int | None = None  # vLLM's; names are enough here

@@ -35,7 +35,12 @@ from xloom.router.errors import code_for, error_body, error_type
 from xloom.settings import Settings
 from xloom.vllm.front_end.argument_table import check_names
 from xloom.vllm.front_end.engine_client import RequestError, RoutedEngineClient
+from xloom.vllm.front_end.first_fault import FirstFault
+from xloom.vllm.front_end.wording import in_settings
 from xloom.vllm.lora import lora_request, plain_name
+
+# JSON inside a string of the body, such as a tool call's arguments, is read by whoever comes to it.
+_TOO_DEEP = XloomError("limit_exceeded", "JSON in one of the body's strings is nested too deep.", "Nest less.")
 
 
 class ServedModels(OpenAIServingModels):
@@ -89,9 +94,12 @@ def coded_error_response(
     param: str | None = None,
 ) -> ErrorResponse:
     """vLLM's `create_error_response`, with a stable code; streams end with it."""
+    if isinstance(message, RecursionError):
+        message = RequestError(_TOO_DEEP)
     plain = create_error_response(message, err_type, status_code, param)
     error = plain.error
     code = message.code if isinstance(message, RequestError) else code_for(error.code, error.message, error.param)
+    error.message = in_settings(error.message)
     return _CodedErrorResponse(error=error, stable_code=code)
 
 
@@ -127,6 +135,8 @@ async def build_front_end(engine: RoutedEngineClient, settings: Settings) -> tup
         app = launcher.build_app(args, tasks, engine.model_config)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(XloomError, _answer_xloom_error)
+    app.add_exception_handler(RecursionError, _answer_too_deep)
+    app.add_middleware(FirstFault)
     with _models_class(ServedModels):
         await app_state.init_app_state(engine, app.state, args, tasks)
     for serving in vars(app.state)["_state"].values():
@@ -146,6 +156,10 @@ async def _answer_request_error(request: Request, error: Exception) -> JSONRespo
 async def _answer_xloom_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, XloomError)
     return JSONResponse(error_body(error), error.status)
+
+
+async def _answer_too_deep(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(_TOO_DEEP), _TOO_DEEP.status)
 
 
 @contextmanager
