@@ -137,11 +137,11 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
         stuck_timeout_s=settings.replicas.stuck_timeout_s,
     )
     for adapter in settings.adapters:
-        await store.add(adapter.name, adapter.source, "lora", replace=True, verify=adapter.verify, configured=True)
+        await store.add(adapter.name, adapter.location, "lora", replace=True, verify=adapter.verify, configured=True)
     for bundle in settings.xlora:
         overrides = Overrides.of(bundle)
         await store.add(
-            bundle.name, bundle.source, "xlora", overrides, replace=True, verify=bundle.verify, configured=True
+            bundle.name, bundle.location, "xlora", overrides, replace=True, verify=bundle.verify, configured=True
         )
     await store.prune([entry.name for entry in (*settings.adapters, *settings.xlora)])
     return store, await store.entries()

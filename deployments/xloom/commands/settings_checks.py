@@ -98,10 +98,10 @@ def check_adapters(settings: Settings) -> list[Finding]:
             Path(folder), base.source, settings.store.max_rank, [base.served_name], base_revision=base.revision
         )
         for entry in entries:
-            if sources.is_local(entry.source):
+            if sources.is_local(entry.location):
                 found.append(_check_adapter(settings, catalog, entry))
             else:
-                found.append(Finding(f"adapter {entry.name}", "ok", f"not looked at: {entry.source} is not here"))
+                found.append(Finding(f"adapter {entry.name}", "ok", f"not looked at: {entry.location} is not here"))
     return found
 
 
@@ -110,7 +110,7 @@ def _check_adapter(settings: Settings, catalog: AdapterCatalog, entry: AdapterSe
     check = f"{'bundle' if kind == 'xlora' else 'adapter'} {entry.name}"
     overrides = Overrides.of(entry) if kind == "xlora" else Overrides()
     try:
-        with catalog.stage(entry.name, entry.source, kind, overrides) as staged:
+        with catalog.stage(entry.name, entry.location, kind, overrides) as staged:
             rank, limit = staged.entry.rank, settings.engine.max_lora_rank
             if limit != "auto" and rank > limit:
                 raise XloomError(
@@ -123,5 +123,5 @@ def _check_adapter(settings: Settings, catalog: AdapterCatalog, entry: AdapterSe
         return failed(check, error)
     except Exception as error:  # whatever a damaged file makes of its readers: the other findings count as well
         return Finding(
-            check, "fail", f"{entry.source} can't be read: {type(error).__name__}: {error}", "Save it again."
+            check, "fail", f"{entry.location} can't be read: {type(error).__name__}: {error}", "Save it again."
         )
