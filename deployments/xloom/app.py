@@ -124,7 +124,7 @@ def own_rules(settings: Settings) -> SourceRules:
 
 def run_time_rules(settings: Settings) -> SourceRules:
     """Which sources may be added at run time: those of `store.sources`, and what the settings name themselves."""
-    named = [entry.source for entry in (*settings.adapters, *settings.xlora)]
+    named = [entry.location for entry in (*settings.adapters, *settings.xlora)]
     return replace(own_rules(settings), allowed=(*settings.store.sources, *named))
 
 
@@ -168,7 +168,7 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
     for adapter in settings.adapters:
         await store.add(
             adapter.name,
-            adapter.source,
+            adapter.location,
             "lora",
             replace=True,
             verify=adapter.verify,
@@ -178,7 +178,7 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
     for bundle in settings.xlora:
         await store.add(
             bundle.name,
-            bundle.source,
+            bundle.location,
             "xlora",
             Overrides.of(bundle),
             replace=True,

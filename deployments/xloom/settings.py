@@ -25,7 +25,9 @@ from xloom.settings_file import read_settings_file, with_paths, with_variables
 
 SAMPLE = Path(__file__).parent / "sample"
 GREATEST = 2**31 - 1  # of any whole number here
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # no path parts, by construction
+# A name, or org/name as on the hub: a slash, and still nothing that leads anywhere as a path.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
+FOLDER_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$"
 
 MixingMode = Literal["additive", "concatenate", "gated"]
 IsqMethod = Literal["awq", "gptq", "rtn", "smoothquant"]
@@ -107,7 +109,22 @@ class AdapterSettings(_Section):
 
     name: str = Field(pattern=NAME_PATTERN)
     source: str  # local folder, hub id, or fsspec URL
+    subfolder: str | None = Field(None, pattern=FOLDER_PATTERN)  # of the source, where the adapter lies
     verify: bool = False  # a replica proves it before serving it: docs/check.md
+
+    @property
+    def location(self) -> str:
+        """Source and sub-folder as one address, as the store reads it."""
+        source, folder = self.source, self.subfolder
+        if folder is None:
+            return source
+        if source.startswith(("/", ".", "~")) or ("://" not in source and Path(source).is_dir()):
+            return f"{source.rstrip('/')}/{folder}"
+        scheme, separator, _ = source.partition("://")
+        if separator and scheme != "hf":
+            return f"{source.rstrip('/')}/{folder}"
+        repository, at, revision = source.removeprefix("hf://").partition("@")
+        return f"hf://{repository.rstrip('/')}/{folder}{at}{revision}"
 
 
 class XLoraSettings(AdapterSettings):

@@ -101,11 +101,11 @@ class DeploymentCheck:
         entries = []
         for adapter in settings.adapters:
             self._progress(f"Preparing {adapter.name}")
-            entries.append(catalog.add(adapter.name, adapter.source, "lora", rules=own_rules(settings)))
+            entries.append(catalog.add(adapter.name, adapter.location, "lora", rules=own_rules(settings)))
         for bundle in settings.xlora:
             self._progress(f"Preparing {bundle.name}")
             overrides = Overrides.of(bundle)
-            entries.append(catalog.add(bundle.name, bundle.source, "xlora", overrides, rules=own_rules(settings)))
+            entries.append(catalog.add(bundle.name, bundle.location, "xlora", overrides, rules=own_rules(settings)))
         self._rank = lora_rank(settings, tuple(entries))
         return [Target(entry.ref, folder / "prepared" / entry.generation) for entry in entries]
 

@@ -161,9 +161,9 @@ class LocalModel(TextModel):
         bundle = next((entry for entry in settings.xlora if entry.name == name), None)
         if bundle is not None:
             overrides = Overrides.of(bundle)
-            entry = catalog.add(name, bundle.source, "xlora", overrides, rules=own_rules(settings))
+            entry = catalog.add(name, bundle.location, "xlora", overrides, rules=own_rules(settings))
         else:
-            source = next(entry.source for entry in settings.adapters if entry.name == name)
+            source = next(entry.location for entry in settings.adapters if entry.name == name)
             entry = catalog.add(name, source, "lora", NO_OVERRIDES, rules=own_rules(settings))
         self._call(backend.add_adapter(entry.ref, folder / "prepared" / entry.generation))
         return entry.ref
