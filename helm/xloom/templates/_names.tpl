@@ -22,6 +22,11 @@ app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 }
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* What selects pods. Not by name: KubeRay's own services select pods that are called `kuberay`, as it labels them. */}}
+{{- define "xloom.podSelector" -}}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
 {{- define "xloom.labels" -}}
 {{ include "xloom.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}

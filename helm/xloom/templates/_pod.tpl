@@ -22,7 +22,7 @@ seccompProfile:
 {{- end -}}
 
 {{- define "xloom.podLabels" -}}
-{{ include "xloom.selectorLabels" .root }}
+{{ include "xloom.podSelector" .root }}
 app.kubernetes.io/component: {{ .role }}
 {{- with .root.Values.commonLabels }}
 {{ toYaml . }}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.chart.rendering import EXAMPLES, Object, Values, example, of_kind, one, render
+from tests.unit.chart.rendering import EXAMPLES, Object, Values, example, of_kind, one, pod_templates, render
 
 RELEASES = [{}, *map(example, EXAMPLES)]
 
@@ -35,3 +35,35 @@ def test_the_account_that_empties_redis_outlives_the_release() -> None:
     assert kept(redis) == {"xloom-head"}
     assert kept(redis | {"serviceAccount": {"annotations": {"a": "b"}, "headName": "mine"}}) == {"mine"}
     assert kept({}) == set()
+
+
+NAME = "app.kubernetes.io/name"
+MONITORED: Values = {
+    "metrics": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}},
+    "networkPolicy": {"clients": [{"podSelector": {}}]},
+    "podDisruptionBudget": {"enabled": True},
+    "settings": {"router": {"replicas": 2}},
+    "workerGroups": [{"name": "cpu", "cpus": 4, "maxReplicas": 3}],
+}
+
+
+def selectors(node: Any) -> list[Object]:
+    """Every label selector in an object, but the operator's."""
+    if isinstance(node, list):
+        return [found for each in node for found in selectors(each)]
+    if not isinstance(node, dict):
+        return []
+    found = [found for each in node.values() for found in selectors(each)]
+    return [*found, node] if {"matchLabels", "matchExpressions"} & set(node) else found
+
+
+def test_pods_leave_the_name_that_the_operators_services_select_by() -> None:
+    """`…-head-svc` selects `app.kubernetes.io/name: kuberay`, which KubeRay labels pods with that have no such label."""
+    objects = render(MONITORED)
+    for name, pod in pod_templates(objects).items():
+        assert (NAME in pod["metadata"]["labels"]) is (name == "xloom-test")  # the hook's pod is not KubeRay's
+        assert pod["metadata"]["labels"]["app.kubernetes.io/instance"] == "xloom"
+    found = [each for each in selectors(objects) if "app.kubernetes.io/instance" in each.get("matchLabels", {})]
+    assert len(found) >= 8
+    assert not [each for each in found if NAME in each["matchLabels"]]
+    assert all("app.kubernetes.io/component" in str(each) or "ray.io/group" in str(each) for each in found)

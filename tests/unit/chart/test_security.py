@@ -134,7 +134,7 @@ def test_redis_password_comes_from_a_secret() -> None:
 def test_only_the_endpoint_is_open_to_others() -> None:
     policy = one(render({}), "NetworkPolicy")["spec"]
     inside, endpoint, operator = policy["ingress"]
-    own = {"app.kubernetes.io/name": "xloom", "app.kubernetes.io/instance": "xloom"}
+    own = {"app.kubernetes.io/instance": "xloom"}
     assert policy["podSelector"]["matchLabels"] == own
     assert inside["from"][0]["podSelector"]["matchLabels"] == own
     assert len(inside["from"]) == 1
