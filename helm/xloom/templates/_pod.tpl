@@ -22,17 +22,17 @@ seccompProfile:
 {{- end -}}
 
 {{- define "xloom.podLabels" -}}
-{{ include "xloom.podSelector" .root }}
-app.kubernetes.io/component: {{ .role }}
-{{- with .root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
-{{- with .group.podLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $labels := mergeOverwrite (deepCopy .root.Values.commonLabels) (deepCopy (default dict .group.podLabels)) -}}
+{{- $_ := set $labels "app.kubernetes.io/component" .role -}}
+{{- mergeOverwrite $labels (include "xloom.podSelector" .root | fromYaml) | toYaml -}}
 {{- end -}}
 
 {{- define "xloom.env" -}}
+{{- $over := concat .root.Values.extraEnv (default list .group.extraEnv) -}}
+{{- include "xloom.overlaid" (dict "key" "name" "base" (include "xloom.ownEnv" . | fromYamlArray) "over" $over) -}}
+{{- end -}}
+
+{{- define "xloom.ownEnv" -}}
 - {name: HOME, value: /home/xloom}
 - {name: HF_HOME, value: /var/cache/xloom/hub}
 - {name: VLLM_CACHE_ROOT, value: /var/cache/xloom/vllm}
@@ -63,12 +63,6 @@ app.kubernetes.io/component: {{ .role }}
   valueFrom:
     secretKeyRef: {name: {{ . }}, key: {{ $.root.Values.hub.tokenKey }}}
 {{- end }}
-{{- with .root.Values.extraEnv }}
-{{ toYaml . }}
-{{- end }}
-{{- with .group.extraEnv }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{- define "xloom.hasStore" -}}
@@ -77,17 +71,24 @@ app.kubernetes.io/component: {{ .role }}
 {{- end -}}
 
 {{- define "xloom.volumeMounts" -}}
+{{- $own := include "xloom.ownVolumeMounts" . | fromYamlArray -}}
+{{- include "xloom.overlaid" (dict "key" "mountPath" "base" $own "over" .root.Values.extraVolumeMounts) -}}
+{{- end -}}
+
+{{- define "xloom.ownVolumeMounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /home/xloom}
 - {name: shared-mem, mountPath: /dev/shm}
 - {name: cache, mountPath: /var/cache/xloom}
 - {name: store, mountPath: /var/lib/xloom}
-{{- with .root.Values.extraVolumeMounts }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{- define "xloom.volumes" -}}
+{{- $own := include "xloom.ownVolumes" . | fromYamlArray -}}
+{{- include "xloom.overlaid" (dict "key" "name" "base" $own "over" .root.Values.extraVolumes) -}}
+{{- end -}}
+
+{{- define "xloom.ownVolumes" -}}
 - name: tmp
   emptyDir: {}
 - name: home
@@ -140,9 +141,6 @@ app.kubernetes.io/component: {{ .role }}
           items:
             - path: namespace
               fieldRef: {fieldPath: metadata.namespace}
-{{- end }}
-{{- with .root.Values.extraVolumes }}
-{{ toYaml . }}
 {{- end }}
 {{- end -}}
 

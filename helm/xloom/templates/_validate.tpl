@@ -14,6 +14,15 @@
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
 {{- fail (printf "The name %q is not one Kubernetes takes for a service: it must start with a lower-case letter and hold only a-z, 0-9 and -. Set fullnameOverride, or choose another release name." $name) -}}
 {{- end -}}
+{{- $labelled := dict "commonLabels" .Values.commonLabels "head.podLabels" .Values.head.podLabels -}}
+{{- range .Values.workerGroups }}{{ $_ := set $labelled (printf "workerGroups, %s: podLabels" .name) (default dict .podLabels) }}{{ end -}}
+{{- range $path, $labels := $labelled -}}
+{{- range $key, $_ := $labels -}}
+{{- if or (has $key (list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component")) (hasPrefix "ray.io/" $key) -}}
+{{- fail (printf "%s: services, policies and monitors select pods by the label %s. Choose another label." $path $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- $seen := list -}}
 {{- range .Values.workerGroups -}}
 {{- if has .name $seen -}}

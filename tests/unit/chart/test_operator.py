@@ -5,8 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.unit.chart.rendering import EXAMPLES, Object, Values, example, of_kind, one, pod_templates, render
+from tests.unit.chart.rendering import (
+    EXAMPLES,
+    Object,
+    Values,
+    example,
+    of_kind,
+    one,
+    pod_templates,
+    refusal,
+    render,
+    render_files,
+)
 
 RELEASES = [{}, *map(example, EXAMPLES)]
 
@@ -35,6 +47,70 @@ def test_the_account_that_empties_redis_outlives_the_release() -> None:
     assert kept(redis) == {"xloom-head"}
     assert kept(redis | {"serviceAccount": {"annotations": {"a": "b"}, "headName": "mine"}}) == {"mine"}
     assert kept({}) == set()
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice, of which a server or Helm would keep one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(set(keys)) == len(keys), keys
+        return super().construct_mapping(node, deep)
+
+
+def duplicates(objects: list[Object]) -> list[str]:
+    """What the API server refuses for being there twice: variables, volumes and mounts of pods."""
+    found = []
+    for pod in pod_templates(objects).values():
+        containers = [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]
+        lists = [[each["name"] for each in pod["spec"].get("volumes", [])], [each["name"] for each in containers]]
+        for each in containers:
+            lists.append([entry["name"] for entry in each.get("env", [])])
+            lists.append([entry["mountPath"] for entry in each.get("volumeMounts", [])])
+        found += [name for names in lists for name in set(names) if names.count(name) > 1]
+    return found
+
+
+def test_what_the_user_names_takes_the_place_of_the_charts_own() -> None:
+    claim = {"name": "cache", "persistentVolumeClaim": {"claimName": "mine"}}
+    mount = {"name": "fast", "mountPath": "/tmp"}
+    objects = render(
+        {
+            "extraEnv": [{"name": "HF_HOME", "value": "/models"}, {"name": "NCCL_DEBUG", "value": "WARN"}],
+            "extraVolumes": [claim, {"name": "fast", "emptyDir": {"medium": "Memory"}}],
+            "extraVolumeMounts": [mount],
+            "workerGroups": [{"name": "cpu", "cpus": 4, "extraEnv": [{"name": "NCCL_DEBUG", "value": "INFO"}]}],
+        }
+    )
+    assert duplicates(objects) == []
+    pods = pod_templates(objects)
+    for name, debug in {"head": "WARN", "worker cpu": "INFO"}.items():
+        spec = pods[name]["spec"]
+        env = {each["name"]: each.get("value") for each in spec["containers"][0]["env"]}
+        assert (env["HF_HOME"], env["NCCL_DEBUG"], env["HOME"]) == ("/models", debug, "/home/xloom")
+        assert claim in spec["volumes"]
+        assert mount in spec["containers"][0]["volumeMounts"]
+
+
+def test_the_users_labels_take_the_place_of_the_charts_own() -> None:
+    labels = {"app.kubernetes.io/version": "mine", "helm.sh/chart": "none", "team": "serving"}
+    others = {"team": "watch", "app.kubernetes.io/version": "other"}
+    monitored = {"enabled": True, "labels": others}
+    values = {"commonLabels": labels, "metrics": {"podMonitor": monitored, "prometheusRule": monitored}}
+    for file, text in render_files(values).items():
+        if not file.endswith("NOTES.txt"):
+            list(yaml.load_all(text, Loader=UniqueKeys))
+    objects = render(values)
+    assert one(objects, "RayService")["metadata"]["labels"].items() >= labels.items()
+    assert one(objects, "PodMonitor")["metadata"]["labels"].items() >= others.items()
+
+
+@pytest.mark.parametrize("key", ["app.kubernetes.io/name", "app.kubernetes.io/component", "ray.io/cluster"])
+def test_labels_that_pods_are_selected_by_are_not_the_users(key: str) -> None:
+    said = f"services, policies and monitors select pods by the label {key}. Choose another label."
+    assert said in refusal({"commonLabels": {key: "mine"}})
+    assert said in refusal({"head": {"podLabels": {key: "mine"}}})
+    assert said in refusal({"workerGroups": [{"name": "cpu", "cpus": 4, "podLabels": {key: "mine"}}]})
 
 
 NAME = "app.kubernetes.io/name"
