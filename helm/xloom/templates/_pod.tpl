@@ -11,11 +11,22 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
+{{/* The user's containers, each with the chart's security context where it has none. Arguments: "root" "containers". */}}
+{{- define "xloom.secured" -}}
+{{- $found := list -}}
+{{- $security := include "xloom.containerSecurity" .root | fromYaml -}}
+{{- range .containers }}{{ $found = append $found (merge (deepCopy .) (dict "securityContext" $security)) }}{{ end -}}
+{{- toYaml $found -}}
+{{- end -}}
+
 {{- define "xloom.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: {{ int .Values.podSecurityContext.runAsUser }}
-runAsGroup: {{ int .Values.podSecurityContext.runAsGroup }}
-fsGroup: {{ int .Values.podSecurityContext.fsGroup }}
+{{- range $field := list "runAsUser" "runAsGroup" "fsGroup" }}
+{{- $id := get $.Values.podSecurityContext $field }}
+{{- if not (has (toString $id) (list "" "<nil>")) }}{{/* Helm drops a key that is null */}}
+{{ $field }}: {{ int64 $id }}
+{{- end }}
+{{- end }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
@@ -144,6 +155,28 @@ seccompProfile:
 {{- end }}
 {{- end -}}
 
+{{/* Requests and limits of the Ray container, the user's over the chart's. */}}
+{{- define "xloom.resources" -}}
+{{- $own := include "xloom.ownResources" . | fromYaml -}}
+{{- mergeOverwrite $own (deepCopy (default dict .group.resources)) | toYaml -}}
+{{- end -}}
+
+{{- define "xloom.ownResources" -}}
+{{- $memory := default "8Gi" .group.memory -}}
+{{- $gpus := default 0 .group.gpus | int -}}
+requests:
+  cpu: {{ default 1 .group.cpus | toString | quote }}
+  memory: {{ $memory }}
+  {{- if $gpus }}
+  {{ default "nvidia.com/gpu" .group.gpuResource }}: {{ $gpus | quote }}
+  {{- end }}
+limits:
+  memory: {{ $memory }}
+  {{- if $gpus }}
+  {{ default "nvidia.com/gpu" .group.gpuResource }}: {{ $gpus | quote }}
+  {{- end }}
+{{- end -}}
+
 {{/* What is the same in the spec of both. */}}
 {{- define "xloom.podSpec" -}}
 serviceAccountName: {{ eq .role "head" | ternary (include "xloom.headServiceAccount" .root) (include "xloom.workerServiceAccount" .root) }}
@@ -169,6 +202,13 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- with .group.runtimeClassName }}
 runtimeClassName: {{ . }}
+{{- end }}
+{{- with .group.schedulerName }}
+schedulerName: {{ . }}
+{{- end }}
+{{- with .group.initContainers }}
+initContainers:
+  {{- include "xloom.secured" (dict "root" $.root "containers" .) | nindent 2 }}
 {{- end }}
 volumes:
   {{- include "xloom.volumes" . | nindent 2 }}

@@ -67,6 +67,11 @@
 {{- if has (include "xloom.port" . | int) (list 6379 8080 8265 10001 52365) -}}
 {{- fail (printf "settings.router.port %s is one of Ray's own ports. Use 8000, or another that is not 6379, 8080, 8265, 10001 or 52365." (include "xloom.port" .)) -}}
 {{- end -}}
+{{- range $field := list "type" "ports" "selector" -}}
+{{- if hasKey $.Values.service.spec $field -}}
+{{- fail (printf "service.spec.%s is not taken: KubeRay and the chart set it. Leave it out (service.type and settings.router.port are the chart's values)." $field) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.ingress.enabled .Values.httpRoute.enabled -}}
 {{- fail "ingress.enabled and httpRoute.enabled exclude each other. Turn one of them off." -}}
 {{- end -}}
@@ -95,6 +100,14 @@
 {{- end -}}
 
 {{- define "xloom.validate.times" -}}
+{{- if eq .Values.upgradeStrategy "NewClusterWithIncrementalUpgrade" -}}
+{{- if not .Values.incrementalUpgrade.gatewayClassName -}}
+{{- fail "upgradeStrategy=NewClusterWithIncrementalUpgrade needs a Gateway class. Set incrementalUpgrade.gatewayClassName." -}}
+{{- end -}}
+{{- if not .Values.autoscaler.enabled -}}
+{{- fail "upgradeStrategy=NewClusterWithIncrementalUpgrade needs Ray's autoscaler. Set autoscaler.enabled=true, or upgradeStrategy=NewCluster." -}}
+{{- end -}}
+{{- end -}}
 {{- $drain := include "xloom.drain" . | int -}}
 {{- $grace := include "xloom.grace" . | int -}}
 {{- $delay := include "xloom.deletionDelay" . | int -}}

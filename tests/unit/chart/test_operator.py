@@ -18,6 +18,7 @@ from tests.unit.chart.rendering import (
     refusal,
     render,
     render_files,
+    validate,
 )
 
 RELEASES = [{}, *map(example, EXAMPLES)]
@@ -134,7 +135,7 @@ def selectors(node: Any) -> list[Object]:
 
 
 def test_pods_leave_the_name_that_the_operators_services_select_by() -> None:
-    """`…-head-svc` selects `app.kubernetes.io/name: kuberay`, which KubeRay labels pods with that have no such label."""
+    """`…-head-svc` selects `app.kubernetes.io/name: kuberay`, which KubeRay labels pods with that have none."""
     objects = render(MONITORED)
     for name, pod in pod_templates(objects).items():
         assert (NAME in pod["metadata"]["labels"]) is (name == "xloom-test")  # the hook's pod is not KubeRay's
@@ -143,3 +144,89 @@ def test_pods_leave_the_name_that_the_operators_services_select_by() -> None:
     assert len(found) >= 8
     assert not [each for each in found if NAME in each["matchLabels"]]
     assert all("app.kubernetes.io/component" in str(each) or "ray.io/group" in str(each) for each in found)
+
+
+def test_ids_that_are_null_are_left_to_the_cluster() -> None:
+    """OpenShift refuses pods that choose their user, and 0 is root."""
+    unset: Values = {"podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}}
+    for pod in pod_templates(render(unset)).values():
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & set(pod["spec"]["securityContext"])
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    given = pod_templates(render({"podSecurityContext": {"runAsUser": 1000660000}}))["head"]["spec"]["securityContext"]
+    assert (given["runAsUser"], given["fsGroup"]) == (1000660000, 1000)
+
+
+QUANTITIES: dict[str, Values] = {
+    "head.memory": {"head": {"memory": "8 Gi"}},
+    "head.cpus": {"head": {"cpus": "2 cores"}},
+    "a group's memory": {"workerGroups": [{"name": "cpu", "cpus": 4, "memory": "8 Gi"}]},
+    "a group's resources": {"workerGroups": [{"name": "a", "cpus": 4, "resources": {"requests": {"rdma/hca": "one"}}}]},
+    "the cache": {"persistence": {"cache": {"size": "100GiB"}}},
+    "the store": {"persistence": {"store": {"size": "20 Gi"}}},
+    "the autoscaler": {"autoscaler": {"resources": {"requests": {"cpu": "200 m"}}}},
+    "shared memory": {"head": {"shm": "1 Gi"}},
+}
+
+
+@pytest.mark.parametrize("values", QUANTITIES.values(), ids=QUANTITIES)
+def test_quantities_that_the_server_refuses_are_refused_as_the_chart_renders(values: Values) -> None:
+    assert "does not match pattern" in refusal(values)
+
+
+@pytest.mark.parametrize("field", ["ports", "type", "selector"])
+def test_fields_of_the_service_that_would_be_ignored_are_refused(field: str) -> None:
+    assert f"service.spec.{field} is not taken" in refusal({"service": {"spec": {field: "x"}}})
+
+
+def test_the_spread_counts_one_clusters_pods() -> None:
+    """During an upgrade the old cluster's pods would push the new one's elsewhere."""
+    [group] = groups({})
+    [constraint] = group["template"]["spec"]["topologySpreadConstraints"]
+    assert constraint["matchLabelKeys"] == ["ray.io/cluster"]
+
+
+def test_all_exporters_of_the_head_are_scraped() -> None:
+    objects = render(MONITORED)
+    endpoints = {each["port"] for each in one(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]}
+    ports = {
+        each["name"]: each["containerPort"] for each in pod_templates(objects)["head"]["spec"]["containers"][0]["ports"]
+    }
+    assert {name: ports[name] for name in endpoints} == {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
+    open_ports = [
+        port["port"] for rule in one(objects, "NetworkPolicy")["spec"]["ingress"] for port in rule.get("ports", [])
+    ]
+    assert {8080, 44217, 44227} <= set(open_ports)
+
+
+def test_pods_take_containers_resources_and_a_scheduler_of_the_users() -> None:
+    own = {
+        "initContainers": [{"name": "fetch", "image": "fetch"}],
+        "sidecars": [{"name": "logs", "image": "logs", "securityContext": {"runAsUser": 7}}],
+        "resources": {"requests": {"cpu": "7500m", "rdma/hca": 1}, "limits": {"rdma/hca": 1}},
+        "schedulerName": "volcano",
+    }
+    objects = render({"head": own, "workerGroups": [{"name": "cpu", "cpus": 8, "memory": "16Gi", **own}]})
+    validate(objects)
+    for name in ("head", "worker cpu"):
+        spec = pod_templates(objects)[name]["spec"]
+        assert spec["schedulerName"] == "volcano"
+        assert [each["name"] for each in spec["initContainers"]] == ["fetch"]
+        assert spec["initContainers"][0]["securityContext"]["allowPrivilegeEscalation"] is False
+        ray, logs = spec["containers"][:2]
+        assert (ray["name"], logs["name"]) == (f"ray-{name.split()[0]}", "logs")  # Ray's is the first, says KubeRay
+        assert logs["securityContext"]["runAsUser"] == 7
+        assert (ray["resources"]["requests"]["cpu"], ray["resources"]["limits"]["rdma/hca"]) == ("7500m", 1)
+
+
+def test_an_upgrade_may_move_traffic_in_steps() -> None:
+    values: Values = {"upgradeStrategy": "NewClusterWithIncrementalUpgrade"}
+    assert "Set incrementalUpgrade.gatewayClassName." in refusal(values)
+    values["incrementalUpgrade"] = {"gatewayClassName": "istio", "stepSizePercent": 20}
+    assert "needs Ray's autoscaler" in refusal(values | {"autoscaler": {"enabled": False}})
+    objects = render(values)
+    validate(objects)
+    options = {"gatewayClassName": "istio", "stepSizePercent": 20, "intervalSeconds": 30, "maxSurgePercent": 100}
+    assert one(objects, "RayService")["spec"]["upgradeStrategy"] == {
+        "type": values["upgradeStrategy"],
+        "clusterUpgradeOptions": options,
+    }
