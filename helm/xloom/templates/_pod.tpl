@@ -225,6 +225,9 @@ Arguments: dict "group" GROUP "fixed" OPTIONS.
 {{- $unit := hasSuffix "Gi" . | ternary 1073741824 1048576 -}}
 {{- $_ := set $params "object-store-memory" (div (mul (regexFind "^[0-9]+" . | int64) $unit) 2 | toString) -}}
 {{- end -}}
+{{- if .group.routers -}}
+{{- $_ := set $params "resources" "\"{\\\"xloom_router\\\": 1}\"" -}}{{/* quoted as KubeRay and Ray's autoscaler read it */}}
+{{- end -}}
 {{- mergeOverwrite $params (deepCopy (default dict .group.rayStartParams)) .fixed | toYaml -}}
 {{- end -}}
 

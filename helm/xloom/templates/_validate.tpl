@@ -131,7 +131,7 @@
 {{- $cpus := dig "cpus" 1 $replicas | float64 -}}
 {{- $gpus := dig "gpus" 0 $replicas | float64 -}}
 {{- $tensor := dig "engine" "tensor_parallel_size" 1 .Values.settings | int -}}
-{{- $routers := dig "router" "replicas" 1 .Values.settings | int -}}
+{{- $routers := include "xloom.routers" . | int -}}
 {{- if not .Values.workerGroups -}}
 {{- fail "There is no worker group, and no replica runs on the head. Add an entry to workerGroups." -}}
 {{- end -}}
@@ -139,6 +139,11 @@
 {{- fail (printf "settings.engine.tensor_parallel_size is %d but settings.replicas.gpus is %v. Set settings.replicas.gpus to %d." $tensor $gpus $tensor) -}}
 {{- end -}}
 {{- $capacity := 0 -}}
+{{- $places := 0 -}}
+{{- $forRouters := include "xloom.routerGroups" . -}}
+{{- if eq (include "xloom.firstEngineGroup" .) "" -}}
+{{- fail "Every worker group has routers=true, so there is none for engines. Add an entry to workerGroups without it." -}}
+{{- end -}}
 {{- $allCpus := 0.0 -}}
 {{- $mostGpus := 0.0 -}}
 {{- $mostCpus := 0.0 -}}
@@ -154,7 +159,13 @@
 {{- $ownCpus := default 1 .cpus | float64 -}}
 {{- $ownGpus := default 0 .gpus | float64 -}}
 {{- $mostGpus = maxf $mostGpus $ownGpus -}}
+{{- if .routers -}}
+{{- if $ownGpus }}{{ fail (printf "workerGroups, %s: routers need no GPU, and routers=true keeps engines away. Set gpus=0." .name) }}{{ end -}}
+{{- if and (eq $gpus 0.0) (ge $ownCpus $cpus) }}{{ fail (printf "workerGroups, %s: engines of %v CPUs would be placed beside the routers. Lower its cpus, or leave routers out: then routers run in any group." .name $cpus) }}{{ end -}}
+{{- else -}}
 {{- $mostCpus = maxf $mostCpus $ownCpus -}}
+{{- end -}}
+{{- if or .routers (not $forRouters) }}{{ $places = add $places $pods | int }}{{ end -}}
 {{- $capacity = add $capacity (mul (include "xloom.perPod" $of | int) $pods) | int -}}
 {{- $allCpus = addf $allCpus (mulf $ownCpus $pods) -}}
 {{- end -}}
@@ -171,6 +182,9 @@
 {{- if gt $cpus $mostCpus -}}
 {{- fail (printf "settings.replicas.cpus is %v but no worker group has that many CPUs in a pod (most: %v). Raise workerGroups[].cpus, or lower settings.replicas.cpus." $cpus $mostCpus) -}}
 {{- end -}}
+{{- if gt $routers (max 1 $places) -}}
+{{- fail (printf "settings.router.replicas is %d, one for a pod, and there are %d pods at most for routers. Raise workerGroups[].maxReplicas, or lower settings.router.replicas." $routers $places) -}}
+{{- end -}}
 {{- if gt $wanted $capacity -}}
 {{- fail (printf "settings.replicas.max is %d but the worker groups can hold %d replicas of %v CPUs and %v GPUs. Raise workerGroups[].%s, or lower settings.replicas.max." $wanted $capacity $cpus $gpus (.Values.autoscaler.enabled | ternary "maxReplicas" "minReplicas (autoscaler.enabled is false)")) -}}
 {{- end -}}
@@ -183,8 +197,6 @@
 {{- define "xloom.validate.storage" -}}
 {{- $cache := .Values.persistence.cache -}}
 {{- $store := .Values.persistence.store -}}
-{{- $pods := 0 -}}
-{{- range $index, $group := .Values.workerGroups }}{{ $pods = add $pods (include "xloom.maxPods" (dict "root" $ "group" $group "index" $index) | int) | int }}{{ end -}}
 {{- if and (eq $cache.type "claim") (not $cache.existingClaim) (not (has "ReadWriteMany" $cache.accessModes)) -}}
 {{- fail "persistence.cache is one volume for the head and all workers, so its accessModes must have ReadWriteMany. Set that with a storage class that can, or persistence.cache.type=ephemeral or none." -}}
 {{- end -}}
@@ -195,8 +207,9 @@
 {{- if and .Values.gcsFaultTolerance.enabled (not .Values.gcsFaultTolerance.redisAddress) -}}
 {{- fail "gcsFaultTolerance.enabled needs a Redis outside the cluster's pods. Set gcsFaultTolerance.redisAddress, as redis:6379." -}}
 {{- end -}}
-{{- if and .Values.podDisruptionBudget.enabled (ge (int .Values.podDisruptionBudget.minAvailable) $pods) -}}
-{{- fail (printf "podDisruptionBudget.minAvailable (%d) with at most %d worker pods would never let a node be drained. Lower it, or raise workerGroups[].maxReplicas." (int .Values.podDisruptionBudget.minAvailable) $pods) -}}
+{{- $least := include "xloom.minAvailable" . | int -}}
+{{- if and .Values.podDisruptionBudget.enabled (or (lt $least 1) (ge $least (include "xloom.routers" . | int))) -}}
+{{- fail (printf "podDisruptionBudget keeps at least one router, and lets another go: %s can't do both with minAvailable %d. Raise settings.router.replicas, or lower minAvailable." (include "xloom.routers" .) $least) -}}
 {{- end -}}
 {{- if and (not .Values.serviceAccount.create) (or (not .Values.serviceAccount.headName) (not .Values.serviceAccount.workerName)) -}}
 {{- fail "serviceAccount.create is false. Name the accounts that exist in serviceAccount.headName and serviceAccount.workerName." -}}

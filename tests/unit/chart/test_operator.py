@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tests.unit.chart.rendering import (
     Object,
     Values,
     example,
+    merged,
     of_kind,
     one,
     pod_templates,
@@ -21,6 +24,7 @@ from tests.unit.chart.rendering import (
     validate,
 )
 
+GPU_EXAMPLES = [example(file) for file in EXAMPLES if "gpus: " in file.read_text(encoding="utf-8")]
 RELEASES = [{}, *map(example, EXAMPLES)]
 
 
@@ -230,3 +234,60 @@ def test_an_upgrade_may_move_traffic_in_steps() -> None:
         "type": values["upgradeStrategy"],
         "clusterUpgradeOptions": options,
     }
+
+
+GPU_AND_ROUTERS: Values = {
+    "settings": {"router": {"replicas": 2}, "replicas": {"gpus": 1, "min": 1, "max": 4}},
+    "workerGroups": [
+        {"name": "routers", "cpus": 1, "memory": "4Gi", "routers": True},
+        {"name": "gpu", "cpus": 8, "gpus": 1},
+    ],
+    "podDisruptionBudget": {"enabled": True},
+}
+
+
+def router_settings(objects: list[Object]) -> Object:
+    """What the settings of a release say of its routers."""
+    config = yaml.safe_load(one(objects, "RayService")["spec"]["serveConfigV2"])
+    found: Object = config["applications"][0]["args"]["router"]
+    return found
+
+
+def test_two_routers_are_on_two_nodes_in_a_group_of_their_own() -> None:
+    """Ray would pack them into one pod, whose loss then takes the whole endpoint away."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _get_custom_resources
+
+    objects = render(GPU_AND_ROUTERS)
+    assert router_settings(objects) == {
+        "host": "0.0.0.0",
+        "replicas": 2,
+        "max_per_node": 1,
+        "resources": {"xloom_router": 0.01},
+    }
+    routers, gpu = groups(GPU_AND_ROUTERS)
+    given = _get_custom_resources({}, routers["rayStartParams"], "routers")  # as Ray's autoscaler reads it, 2.60
+    assert given == {"xloom_router": 1}
+    [shown] = shlex.split(routers["rayStartParams"]["resources"])  # as the shell does that starts Ray
+    assert json.loads(shown) == given
+    assert "resources" not in gpu["rayStartParams"]
+    assert [(each["minReplicas"], each["maxReplicas"]) for each in (routers, gpu)] == [(2, 2), (1, 4)]
+    # One router needs no other node, or none could be started while it drains.
+    assert router_settings(render({})) == {"host": "0.0.0.0"}
+
+
+def test_the_disruption_budget_counts_routers() -> None:
+    """Pods are ready where a router runs: with one pod of two routers, a budget of one would block every drain."""
+    budget = one(render(GPU_AND_ROUTERS), "PodDisruptionBudget")["spec"]
+    assert budget["minAvailable"] == 1
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"  # engines' pods without a router are never ready
+    three = merged(GPU_AND_ROUTERS, {"settings": {"router": {"replicas": 3}}})
+    assert one(render(three), "PodDisruptionBudget")["spec"]["minAvailable"] == 2
+
+
+@pytest.mark.parametrize("values", GPU_EXAMPLES, ids=lambda values: values["settings"]["model"]["served_name"])
+def test_the_examples_with_gpus_survive_the_loss_of_a_node(values: Values) -> None:
+    assert router_settings(render(values))["replicas"] == 2
+    found = {each["groupName"]: each for each in groups(values)}
+    assert found["routers"]["minReplicas"] == 2
+    [container] = found["routers"]["template"]["spec"]["containers"]
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]

@@ -134,7 +134,7 @@ OPTIONS: list[list[Values]] = [
                     "rayStartParams": {"object-store-memory": "1000000000"},
                 },
             ],
-            "settings": {"replicas": {"max": 5, "gpus": 1}, "isq": {"method": "gptq"}},
+            "settings": {"replicas": {"max": 5, "gpus": 1}, "isq": {"method": "gptq"}, "router": {"replicas": 3}},
             "podDisruptionBudget": {"enabled": True, "minAvailable": 2},
         },
     ],
