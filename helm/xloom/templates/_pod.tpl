@@ -167,6 +167,7 @@ seccompProfile:
 requests:
   cpu: {{ default 1 .group.cpus | toString | quote }}
   memory: {{ $memory }}
+  ephemeral-storage: {{ default "10Gi" .group.ephemeralStorage }}
   {{- if $gpus }}
   {{ default "nvidia.com/gpu" .group.gpuResource }}: {{ $gpus | quote }}
   {{- end }}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,3 +293,81 @@ def test_the_examples_with_gpus_survive_the_loss_of_a_node(values: Values) -> No
     assert found["routers"]["minReplicas"] == 2
     [container] = found["routers"]["template"]["spec"]["containers"]
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
+
+
+def test_a_plain_clusters_storage_is_enough() -> None:
+    """GKE and EKS have no class that gives ReadWriteMany until somebody adds one, and a claim for it stays Pending."""
+    objects = render({})
+    claims = of_kind(objects, "PersistentVolumeClaim")
+    assert [each["metadata"]["name"] for each in claims] == ["xloom-store"]
+    for values in RELEASES:
+        for pod in pod_templates(render(values)).values():
+            modes = [
+                mode
+                for volume in pod["spec"].get("volumes", [])
+                if "ephemeral" in volume
+                for mode in volume["ephemeral"]["volumeClaimTemplate"]["spec"]["accessModes"]
+            ]
+            assert set(modes) <= {"ReadWriteOnce"}
+        for group in groups(values):
+            [container] = group["template"]["spec"]["containers"]
+            assert re.fullmatch(r"\d+Gi", container["resources"]["requests"]["ephemeral-storage"])
+
+
+def conflict(there: Object, key: str, volume: Values) -> str:
+    """What is said of a claim that is there: the chart's own template, asked through an object in text."""
+    text = (
+        '{{ include "xloom.claimConflict" (dict "there" (%s | fromJson) "volume" (%s | fromJson) "key" "%s") | quote }}'
+    )
+    given = text % (f"`{json.dumps(there)}`", f"`{json.dumps(volume)}`", key)
+    extra = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: said}}\ndata: {{said: {given}}}\n"
+    said: str = one(render({"extraObjects": [extra]}), "ConfigMap")["data"]["said"]
+    return said
+
+
+def test_a_claim_from_before_that_can_not_become_the_one_wanted_is_said() -> None:
+    """Kept claims broke a reinstall with another class or a smaller size, with the server's words for it."""
+    spec = {"storageClassName": "standard", "resources": {"requests": {"storage": "20Gi"}}}
+    there = {"metadata": {"name": "xloom-store"}, "spec": spec}
+    assert conflict(there, "store", {"storageClass": "", "size": "20Gi"}) == ""
+    assert conflict(there, "store", {"storageClass": "standard", "size": "1Ti"}) == ""
+    said = conflict(there, "store", {"storageClass": "fast", "size": "20Gi"})
+    assert said.startswith('The claim xloom-store, kept from before, has the storage class "standard", not "fast".')
+    assert "Set persistence.store.storageClass=standard" in said
+    said = conflict(there, "store", {"storageClass": "", "size": "20000Mi"})
+    assert "has 20Gi, and no claim shrinks to 20000Mi. Set persistence.store.size=20Gi" in said
+    [notes] = [text for file, text in render_files({}).items() if file.endswith("NOTES.txt")]
+    assert "keep their storage class and at least their size: xloom-store." in notes
+
+
+def test_the_first_example_needs_nothing_but_kuberay_and_a_secret() -> None:
+    [cpu] = [example(file) for file in EXAMPLES if file.stem == "values-cpu"]
+    objects = render(cpu)
+    assert of_kind(objects, "PersistentVolumeClaim") == []
+    pods = pod_templates(objects).values()
+    assert not [volume for pod in pods for volume in pod["spec"].get("volumes", []) if "ephemeral" in volume]
+    named = {name for pod in pods for name in secrets_of(pod)}
+    assert named == {"xloom-keys"}
+
+
+def secrets_of(node: Any) -> set[str]:
+    """The Secrets an object refers to."""
+    if isinstance(node, list):
+        return {name for each in node for name in secrets_of(each)}
+    if not isinstance(node, dict):
+        return set()
+    own = {node["secretKeyRef"]["name"]} if "secretKeyRef" in node else set()
+    return own | {name for each in node.values() for name in secrets_of(each)}
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_examples_presume_nothing_that_they_do_not_say(file: Path) -> None:
+    """No CRDs but KubeRay's, no Redis, no class, no bucket; each Secret in the lines above the values."""
+    objects = render(example(file))
+    assert {each["apiVersion"] for each in objects} <= {"v1", "ray.io/v1", "networking.k8s.io/v1", "policy/v1"}
+    text = file.read_text(encoding="utf-8")
+    above = text[: text.index("settings:")]
+    for name in secrets_of(objects):
+        assert name in above
+    values = text[text.index("settings:") :]
+    assert not re.search(r"s3://|gs://|redis|^ +storageClass:", values, re.MULTILINE)

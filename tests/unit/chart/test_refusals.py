@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "idleTimeoutSeconds needs autoscaler.version=v2.",
     ),
     "one node's volume for all": (
-        {"persistence": {"cache": {"accessModes": ["ReadWriteOnce"]}}},
+        {"persistence": {"cache": {"type": "claim", "accessModes": ["ReadWriteOnce"]}}},
         "its accessModes must have ReadWriteMany. Set that with a storage class that can, or "
         "persistence.cache.type=ephemeral or none.",
     ),

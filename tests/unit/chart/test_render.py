@@ -45,9 +45,10 @@ OPTIONS: list[list[Values]] = [
         },
     ],
     [
-        {"persistence": {"cache": {"type": "ephemeral", "storageClass": "fast"}}},
+        {"persistence": {"cache": {"storageClass": "fast"}}},
+        {"persistence": {"cache": {"type": "claim", "storageClass": "shared"}}},
         {"persistence": {"cache": {"type": "none"}}},
-        {"persistence": {"cache": {"existingClaim": "mine"}, "store": {"existingClaim": "mine-too"}}},
+        {"persistence": {"cache": {"type": "claim", "existingClaim": "mine"}, "store": {"existingClaim": "mine-too"}}},
         {"persistence": {"store": {"enabled": False}}},
         {"persistence": {"store": {"accessModes": ["ReadWriteMany"], "storageClass": "shared"}}},
     ],
@@ -293,7 +294,7 @@ def test_an_upgrades_head_goes_where_a_volume_of_one_node_is() -> None:
 
 
 def test_claims_stay_when_the_release_goes() -> None:
-    claims = of_kind(render({}), "PersistentVolumeClaim")
+    claims = of_kind(render({"persistence": {"cache": {"type": "claim"}}}), "PersistentVolumeClaim")
     assert [each["metadata"]["name"] for each in claims] == ["xloom-cache", "xloom-store"]
     assert all(each["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep" for each in claims)
 
