@@ -17,7 +17,7 @@ def reserved_cpus(cpus: int) -> float:
 
 
 def gke_memory(gib: float) -> float:
-    """What is left for pods: reserved are a quarter of the first 4 GiB, a fifth of 4, a tenth of 8, 6 % of 112; 0.1 too."""
+    """What is left for pods: reserved are 25 % of the first 4 GiB, 20 % of 4, 10 % of 8, 6 % of 112, and 0.1."""
     reserved, left = 0.1, gib
     for size, share in ((4, 0.25), (4, 0.2), (8, 0.1), (112, 0.06)):
         part = min(left, size)
