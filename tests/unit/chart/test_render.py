@@ -230,7 +230,7 @@ def test_pods_have_time_to_drain_and_clusters_to_end() -> None:
 
 def test_worker_groups_become_ray_groups_with_their_limits() -> None:
     objects = render(example(CHART / "examples" / "values-llama-70b-tp4.yaml"))
-    [group] = one(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    group, _ = one(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert (group["minReplicas"], group["maxReplicas"], group["idleTimeoutSeconds"]) == (1, 2, 1800)
     assert group["rayStartParams"] == {
         "num-cpus": "18",
