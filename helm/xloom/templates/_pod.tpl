@@ -155,6 +155,42 @@ seccompProfile:
 {{- end }}
 {{- end -}}
 
+{{/*
+KubeRay adds probes of its own where a container has none (initLivenessAndReadinessProbe, KubeRay 1.7): one stall of a
+router over 2 s would take its pod off the endpoint. `/api/healthz` of Ray's agent (Ray 2.60) is about Ray on the node, and
+the GCS on the head; only pods with a router are ready, and get traffic.
+*/}}
+{{- define "xloom.probes" -}}
+{{- $probes := .root.Values.probes -}}
+livenessProbe:
+  httpGet: {path: /api/healthz, port: 52365}
+  initialDelaySeconds: 30
+  periodSeconds: {{ int $probes.periodSeconds }}
+  timeoutSeconds: {{ int $probes.timeoutSeconds }}
+  failureThreshold: {{ int $probes.livenessFailureThreshold }}
+readinessProbe:
+  {{- if eq .role "head" }}
+  httpGet: {path: /api/healthz, port: 52365}
+  {{- else }}
+  httpGet: {path: /-/healthz, port: serve}
+  {{- end }}
+  initialDelaySeconds: {{ eq .role "head" | ternary 10 5 }}
+  periodSeconds: {{ int $probes.periodSeconds }}
+  timeoutSeconds: {{ int $probes.timeoutSeconds }}
+  failureThreshold: {{ eq .role "head" | ternary 10 (include "xloom.failureThreshold" .root | int) }}
+{{- end -}}
+
+{{/* Failures of a router's probe that span more than stuck_timeout_s. */}}
+{{- define "xloom.failureThreshold" -}}
+{{- $given := .Values.probes.failureThreshold | toString -}}
+{{- if has $given (list "" "<nil>") -}}
+{{- $stuck := dig "replicas" "stuck_timeout_s" 10 .Values.settings | float64 -}}
+{{- add 1 (ceil (divf $stuck (float64 .Values.probes.periodSeconds)) | int) -}}
+{{- else -}}
+{{- int .Values.probes.failureThreshold -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Requests and limits of the Ray container, the user's over the chart's. */}}
 {{- define "xloom.resources" -}}
 {{- $own := include "xloom.ownResources" . | fromYaml -}}

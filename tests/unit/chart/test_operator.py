@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -25,6 +26,7 @@ from tests.unit.chart.rendering import (
     render_files,
     validate,
 )
+from xloom.router.routes import ROUTES, Access
 
 GPU_EXAMPLES = [example(file) for file in EXAMPLES if "gpus: " in file.read_text(encoding="utf-8")]
 RELEASES = [{}, *map(example, EXAMPLES)]
@@ -371,3 +373,30 @@ def test_examples_presume_nothing_that_they_do_not_say(file: Path) -> None:
         assert name in above
     values = text[text.index("settings:") :]
     assert not re.search(r"s3://|gs://|redis|^ +storageClass:", values, re.MULTILINE)
+
+
+def test_a_stall_of_a_router_leaves_its_pod_in_the_endpoint() -> None:
+    """KubeRay's own probe, which it adds where there is none, takes a pod out after one answer over 2 s."""
+    objects = render({"settings": {"replicas": {"stuck_timeout_s": 22}}})
+    pods = pod_templates(objects)
+    for name in ("head", "worker cpu"):
+        ray = pods[name]["spec"]["containers"][0]
+        assert ray["livenessProbe"]["httpGet"] == {"path": "/api/healthz", "port": 52365}
+        assert ray["livenessProbe"]["failureThreshold"] == 120
+    probe = pods["worker cpu"]["spec"]["containers"][0]["readinessProbe"]
+    ports = {each["name"] for each in pods["worker cpu"]["spec"]["containers"][0]["ports"]}
+    assert probe["httpGet"] == {"path": "/-/healthz", "port": "serve"}
+    assert "serve" in ports
+    assert probe["timeoutSeconds"] >= 5
+    assert probe["failureThreshold"] * probe["periodSeconds"] > 22  # then the watchdog has started it anew
+    own = pod_templates(render({"probes": {"failureThreshold": 7}}))["worker cpu"]["spec"]["containers"][0]
+    assert own["readinessProbe"]["failureThreshold"] == 7
+
+
+def test_ray_answers_where_the_probes_ask() -> None:
+    from ray.dashboard import http_server_agent
+    from ray.dashboard.modules.reporter import healthz_agent
+
+    assert '"/api/healthz"' in inspect.getsource(healthz_agent)
+    assert '"/api/healthz"' in inspect.getsource(http_server_agent)  # without the cluster's token
+    assert ROUTES["/-/healthz"] is Access.OPEN
