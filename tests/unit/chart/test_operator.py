@@ -400,3 +400,38 @@ def test_ray_answers_where_the_probes_ask() -> None:
     assert '"/api/healthz"' in inspect.getsource(healthz_agent)
     assert '"/api/healthz"' in inspect.getsource(http_server_agent)  # without the cluster's token
     assert ROUTES["/-/healthz"] is Access.OPEN
+
+
+def test_the_operator_reaches_the_head_however_it_was_installed() -> None:
+    """KubeRay's Helm chart and its kustomize bases give its pod different names, and the same component."""
+    policy = one(render({}), "NetworkPolicy")["spec"]
+    peers = [rule["from"] for rule in policy["ingress"] if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])]
+    assert peers == [
+        [
+            {
+                "podSelector": {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}},
+                "namespaceSelector": {},
+            }
+        ]
+    ]
+
+
+def test_the_autoscaler_reaches_the_api_server_where_egress_is_narrowed() -> None:
+    https = {"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}], "ports": [{"protocol": "TCP", "port": 443}]}
+    narrowed: Values = {"networkPolicy": {"egress": [https]}}
+
+    def heads(values: Values) -> list[Object]:
+        policies = of_kind(render(values), "NetworkPolicy")
+        return [each["spec"] for each in policies if each["metadata"]["name"] == "xloom-head"]
+
+    [head] = heads(narrowed)
+    labels = pod_templates(render(narrowed))["head"]["metadata"]["labels"]
+    assert head["podSelector"]["matchLabels"].items() <= labels.items()
+    assert head["policyTypes"] == ["Egress"]
+    [rule] = head["egress"]
+    assert rule == {"ports": [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 6443}]}
+    server = [{"ipBlock": {"cidr": "203.0.113.7/32"}}]
+    [head] = heads({"networkPolicy": {"egress": [https], "apiServer": server}})
+    assert head["egress"][0]["to"] == server
+    assert heads({}) == []
+    assert heads(narrowed | {"autoscaler": {"enabled": False}}) == []

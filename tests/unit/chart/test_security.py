@@ -141,7 +141,7 @@ def test_only_the_endpoint_is_open_to_others() -> None:
     assert endpoint == {"ports": [{"protocol": "TCP", "port": 8000}]}
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
     assert [peer["podSelector"]["matchLabels"] for peer in operator["from"]] == [
-        {"app.kubernetes.io/name": "kuberay-operator"}
+        {"app.kubernetes.io/component": "kuberay-operator"}
     ]
     assert policy["policyTypes"] == ["Ingress"]
 
