@@ -76,7 +76,16 @@
 {{- fail "ingress.enabled and httpRoute.enabled exclude each other. Turn one of them off." -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
-{{- fail "ingress.enabled needs a host. Set ingress.hosts, as [{host: xloom.example.com, paths: [/]}]." -}}
+{{- fail "ingress.enabled needs a host. Set ingress.hosts, as [{host: xloom.example.com}]." -}}
+{{- end -}}
+{{- $paths := dict "publicPaths" .Values.publicPaths -}}
+{{- range .Values.ingress.hosts }}{{ $_ := set $paths (printf "ingress.hosts, %s: paths" .host) (default list .paths) }}{{ end -}}
+{{- range $path, $values := $paths -}}
+{{- range $values -}}
+{{- if has (trimSuffix "/" .) (list "" "/metrics") -}}
+{{- fail (printf "%s: %s would let /metrics, which is answered without a key, out to everyone. List what clients need, as /v1 and /ready." $path .) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
 {{- fail "httpRoute.enabled needs a gateway. Set httpRoute.parentRefs, as [{name: public, namespace: gateways}]." -}}

@@ -435,3 +435,51 @@ def test_the_autoscaler_reaches_the_api_server_where_egress_is_narrowed() -> Non
     assert head["egress"][0]["to"] == server
     assert heads({}) == []
     assert heads(narrowed | {"autoscaler": {"enabled": False}}) == []
+
+
+HOSTS: Values = {"ingress": {"enabled": True, "hosts": [{"host": "a.example.com"}, {"host": "b.example.com"}]}}
+ROUTE: Values = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}}
+
+
+def test_figures_stay_off_public_routes() -> None:
+    """`/metrics` is open to whoever reaches the router, for scrapers inside the cluster."""
+    assert ROUTES["/metrics"] is Access.OPEN
+    rules = one(render(HOSTS), "Ingress")["spec"]["rules"]
+    assert [[path["path"] for path in rule["http"]["paths"]] for rule in rules] == [["/v1", "/ready"]] * 2
+    [rule] = one(render(ROUTE), "HTTPRoute")["spec"]["rules"]
+    assert [each["path"]["value"] for each in rule["matches"]] == ["/v1", "/ready"]
+    for path in ("/", "/metrics", "/metrics/"):
+        assert "would let /metrics, which is answered without a key, out to everyone" in refusal(
+            {"publicPaths": [path]}
+        )
+        host = {"host": "a.example.com", "paths": [path]}
+        assert "ingress.hosts, a.example.com: paths" in refusal({"ingress": {"enabled": True, "hosts": [host]}})
+
+
+def test_load_balancers_ask_a_router_whether_it_is_ready() -> None:
+    """At `/` a router answers 401 or 404, by which every pod is unhealthy."""
+    drain: Values = {"settings": {"replicas": {"drain_timeout_s": 90}}}
+    aws = one(render(merged(HOSTS | drain, {"loadBalancer": {"provider": "aws"}})), "Ingress")["metadata"][
+        "annotations"
+    ]
+    assert aws["alb.ingress.kubernetes.io/healthcheck-path"] == "/ready"
+    assert aws["alb.ingress.kubernetes.io/target-group-attributes"] == "deregistration_delay.timeout_seconds=90"
+    own = {"ingress": {"annotations": {"alb.ingress.kubernetes.io/healthcheck-path": "/health"}}}
+    annotations = one(render(merged(merged(HOSTS, own), {"loadBalancer": {"provider": "aws"}})), "Ingress")["metadata"]
+    assert annotations["annotations"]["alb.ingress.kubernetes.io/healthcheck-path"] == "/health"
+
+    gke: Values = {"loadBalancer": {"provider": "gke"}, **drain}
+    objects = render(ROUTE | gke)
+    target = {"group": "", "kind": "Service", "name": "xloom-serve-svc"}
+    check, policy = one(objects, "HealthCheckPolicy")["spec"], one(objects, "GCPBackendPolicy")["spec"]
+    assert (check["targetRef"], policy["targetRef"]) == (target, target)
+    assert check["default"]["config"]["httpHealthCheck"]["requestPath"] == "/ready"
+    assert policy["default"] == {"timeoutSec": 3600, "connectionDraining": {"drainingTimeoutSec": 90}}
+    objects = render(HOSTS | gke)
+    assert one(objects, "BackendConfig")["spec"]["healthCheck"]["requestPath"] == "/ready"
+    service = one(objects, "RayService")["spec"]["serveService"]["metadata"]["annotations"]
+    assert json.loads(service["cloud.google.com/backend-config"]) == {"default": "xloom"}
+    for values in (HOSTS, ROUTE):
+        assert not [
+            each for each in render(values) if "gke" in each["apiVersion"] or "cloud.google" in each["apiVersion"]
+        ]

@@ -55,6 +55,10 @@ OPTIONS: list[list[Values]] = [
     [
         {"ingress": {"enabled": True, "className": "nginx", "hosts": [{"host": "a.b"}], "tls": [{"hosts": ["a.b"]}]}},
         {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["a.example.com"]}},
+        {
+            "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]},
+            "loadBalancer": {"provider": "gke"},
+        },
         {"service": {"type": "LoadBalancer", "annotations": {"a": "b"}, "spec": {"externalTrafficPolicy": "Local"}}},
     ],
     [
@@ -336,8 +340,8 @@ def test_the_parts_meet_at_the_same_port_and_names() -> None:
         assert group["template"]["spec"]["serviceAccountName"] in {
             each["metadata"]["name"] for each in of_kind(objects, "ServiceAccount")
         }
-    [path] = one(objects, "Ingress")["spec"]["rules"][0]["http"]["paths"]
-    assert path["backend"]["service"] == {"name": "blue-xloom-serve-svc", "port": {"number": 9000}}
+    for path in one(objects, "Ingress")["spec"]["rules"][0]["http"]["paths"]:
+        assert path["backend"]["service"] == {"name": "blue-xloom-serve-svc", "port": {"number": 9000}}
     env = {each["name"]: each.get("value") for each in one(objects, "Pod")["spec"]["containers"][0]["env"]}
     assert env["URL"] == "http://blue-xloom-serve-svc:9000"
 
