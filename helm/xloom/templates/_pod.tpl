@@ -38,6 +38,12 @@ seccompProfile:
 {{- mergeOverwrite $labels (include "xloom.podSelector" .root | fromYaml) | toYaml -}}
 {{- end -}}
 
+{{- define "xloom.podAnnotations" -}}
+{{- $own := dict -}}
+{{- with .root.Values.restartedAt }}{{ $_ := set $own "xloom/restarted-at" (toString .) }}{{ end -}}
+{{- with mergeOverwrite $own (deepCopy (default dict .group.podAnnotations)) }}{{ toYaml . }}{{ end -}}
+{{- end -}}
+
 {{- define "xloom.env" -}}
 {{- $over := concat .root.Values.extraEnv (default list .group.extraEnv) -}}
 {{- include "xloom.overlaid" (dict "key" "name" "base" (include "xloom.ownEnv" . | fromYamlArray) "over" $over) -}}
