@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import socket
 from collections.abc import Iterator
+from math import ceil
 
 import uvicorn
 
@@ -38,7 +38,7 @@ class HttpListener:
             log_config=None,  # the process's own: xloom.observability.logs
             log_level="warning",
             access_log=False,
-            timeout_keep_alive=math.ceil(limits.keep_alive_s),
+            timeout_keep_alive=ceil(limits.keep_alive_s),
             lifespan="on",
         )
         self.server: uvicorn.Server = _Server(config)
@@ -80,7 +80,7 @@ class HttpListener:
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Accept no more, let answers under way finish for that many seconds, then stop."""
-        self.server.config.timeout_graceful_shutdown = math.ceil(grace_s)
+        self.server.config.timeout_graceful_shutdown = ceil(grace_s)
         self.server.should_exit = True
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)

@@ -121,7 +121,7 @@ seccompProfile:
   {{- if eq $cache.type "claim" }}
   persistentVolumeClaim:
     claimName: {{ include "xloom.cacheClaim" .root }}
-  {{- else if and (eq $cache.type "ephemeral") (eq .role "worker") }}
+  {{- else if and (eq $cache.type "ephemeral") (eq .role "worker") (not .group.routers) }}
   ephemeral:
     volumeClaimTemplate:
       spec:

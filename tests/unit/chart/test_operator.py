@@ -295,6 +295,8 @@ def test_the_examples_with_gpus_survive_the_loss_of_a_node(values: Values) -> No
     assert found["routers"]["minReplicas"] == 2
     [container] = found["routers"]["template"]["spec"]["containers"]
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    volumes = found["routers"]["template"]["spec"]["volumes"]
+    assert not [each for each in volumes if "ephemeral" in each]  # they fetch a tokeniser, no weights
 
 
 def test_a_plain_clusters_storage_is_enough() -> None:
