@@ -8,7 +8,7 @@
 FROM python:3.11-slim-bookworm AS base
 ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # g++: torch compiles with it at run time, and needs Python's headers, which are in this image.
-# wget: KubeRay's probes and the chart's drain script ask with it.
+# wget: the health check below asks with it.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends bash ca-certificates g++ libgomp1 libnuma1 procps tini wget \
     && rm -rf /var/lib/apt/lists/* \

@@ -7,6 +7,7 @@ from typing import Literal
 
 from xloom.observability import table
 from xloom_dashboards import upstream
+from xloom_dashboards.failures import failed_share, server_error_share
 from xloom_dashboards.promql import Scope, aggregate, or_zero, share, total
 
 # Markers: the chart puts its release's labels and limit in their place, the plain rules nothing and the default.
@@ -66,8 +67,6 @@ def _first_or_more(metric: table.Metric, *matchers: str, by: tuple[str, ...], wi
     return f"({grown} > 0) or ({total(series, by)} unless {total(f'{series} offset {window}', by)})"
 
 
-_ENDED = _IN.rate(table.REQUESTS)
-_SERVER_ERRORS = or_zero(_IN.rate(table.HTTP_ERRORS, 'status=~"5.."'))
 _WANTED = f"max({_IN.series(table.SCALING_WANTED)})"
 _RUNNING = f"max({_IN.series(table.SCALING_CURRENT)})"
 
@@ -94,13 +93,13 @@ ALERTS: tuple[Alert, ...] = (
         "The adapter store does not report.", "the adapter store is gone", "the adapter store is gone",
     ),
     Alert(
-        "XloomRequestsFailing", share(or_zero(_IN.rate(table.REQUESTS, 'outcome="error"')), _ENDED), "> 0.05",
-        "10m", "critical", "{{ $value | humanizePercentage }} of requests end with an error.",
+        "XloomRequestsFailing", failed_share(_IN), "> 0.05", "10m", "critical",
+        "{{ $value | humanizePercentage }} of requests end with an error.",
         "requests fail in engines",
     ),
     Alert(
-        "XloomServerErrors", share(_SERVER_ERRORS, f"({_ENDED} + {_SERVER_ERRORS})"), "> 0.05",
-        "10m", "warning", "{{ $value | humanizePercentage }} of answers are 5xx errors.", "answers have a 5xx status",
+        "XloomServerErrors", server_error_share(_IN), "> 0.05", "10m", "warning",
+        "{{ $value | humanizePercentage }} of answers are 5xx errors.", "answers have a 5xx status",
     ),
     Alert(
         "XloomFirstTokenSlow", _IN.quantile(0.99, table.TIME_TO_FIRST_TOKEN), "> 10",

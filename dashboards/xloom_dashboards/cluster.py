@@ -6,7 +6,7 @@ from xloom.observability import table
 from xloom_dashboards import upstream
 from xloom_dashboards.board import SCOPE, Board, Row
 from xloom_dashboards.panel import Graph, Query, Stat, Table
-from xloom_dashboards.promql import aggregate, share, total
+from xloom_dashboards.promql import aggregate, or_zero, share, total
 from xloom_dashboards.shared import MARKS, PAGES_FULL, PLACE, REPLICA
 
 OF_REPLICA = 'replica=~"$replica"'
@@ -19,11 +19,15 @@ def _by_replica(metric: table.Metric) -> str:
     return total(SCOPE.series(metric, OF_REPLICA), ("replica",))
 
 
+# By Ray cluster: a new one's routers know no replica until one is up, and clients are at the old one's.
+_CONNECTED = f"max({aggregate('min', SCOPE.series(table.ROUTER_REPLICAS), ('SessionName',))})"
+
 _NOW = Row("Now", (
     Stat(
         title="Replicas connected", unit="none", steps=(),
-        text="Engine replicas a router is connected to: the fewest that any router knows.",
-        queries=(Query(f"min({SCOPE.series(table.ROUTER_REPLICAS)})"),),
+        text="Engine replicas a router is connected to: the fewest that any router knows. While an upgrade has two Ray "
+        "clusters running, of the one that has more.",
+        queries=(Query(_CONNECTED),), none="No router",
     ),
     Stat(
         title="Replicas wanted", unit="none",
@@ -46,12 +50,13 @@ _NOW = Row("Now", (
         text="In engines, and in routers for want of a replica.",
         queries=(
             Query(
-                f"{total(SCOPE.series(table.REPLICA_WAITING))} + {total(SCOPE.series(table.ROUTER_WAITING))}"
+                f"{or_zero(total(SCOPE.series(table.REPLICA_WAITING)))} + {total(SCOPE.series(table.ROUTER_WAITING))}"
             ),
         ),
+        none="No router",
     ),
     Stat(
-        title="KV pages in use", unit="percentunit", steps=PAGES_FULL,
+        title="KV pages in use", unit="percentunit", steps=PAGES_FULL, none="No replica",
         text="Of all replicas together.",
         queries=(
             Query(share(total(SCOPE.series(table.KV_PAGES_USED)), total(SCOPE.series(table.KV_PAGES_TOTAL)))),
@@ -70,7 +75,7 @@ _REPLICAS = Row("Replicas", (
         queries=(
             Query(f"max({SCOPE.series(table.SCALING_WANTED)})", "wanted", SCALES),
             Query(f"sum({SCOPE.series(upstream.REPLICA_HEALTHY, _ENGINE)})", "healthy"),
-            Query(f"min({SCOPE.series(table.ROUTER_REPLICAS)})", "connected"),
+            Query(_CONNECTED, "connected"),
         ),
     ),
     Graph(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from xloom_dashboards.expressions import event_of
+
 Json = dict[str, Any]
 
 SOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
@@ -34,6 +36,7 @@ class Panel:
     steps: tuple[Step, ...] = GREEN  # thresholds above green
     lowest: float | None = None
     highest: float | None = None
+    none: str = ""  # shown where a query has no series; empty: what must happen first, if anything must
 
     kind: ClassVar[str]
     form: ClassVar[str] = "time_series"
@@ -75,7 +78,14 @@ class Panel:
             "unit": self.unit,
         }
         limits = {"min": self.lowest, "max": self.highest}
+        if none := self.none or self._awaits():
+            found["noValue"] = none
         return found | {key: value for key, value in limits.items() if value is not None}
+
+    def _awaits(self) -> str:
+        """Why there may be nothing, though all is well."""
+        events = sorted({query.event or event_of(query.expr) for query in self.queries})
+        return f"None until {'; '.join(events)}." if all(events) else ""
 
     def _options(self) -> Json:
         raise NotImplementedError
@@ -112,7 +122,7 @@ class Graph(Panel):
     def _options(self) -> Json:
         return {
             "legend": {
-                "calcs": ["lastNotNull", "max"],
+                "calcs": ["mean", "max"],
                 "displayMode": "table",
                 "placement": "bottom",
                 "showLegend": True,
@@ -126,9 +136,10 @@ _REDUCED: Json = {"calcs": ["lastNotNull"], "fields": "", "values": False}
 
 @dataclass(frozen=True, kw_only=True)
 class Stat(Panel):
-    """The newest value, large, before its course."""
+    """The value now, large. An instant query: the last value of what is gone would look like one of now."""
 
     kind: ClassVar[str] = "stat"
+    instant: ClassVar[bool] = True
     width: int = 4
     height: int = 4
     names: dict[int, tuple[str, str]] | None = None  # values with a name and a colour
@@ -146,7 +157,7 @@ class Stat(Panel):
     def _options(self) -> Json:
         return {
             "colorMode": "value",
-            "graphMode": "area",
+            "graphMode": "none",
             "justifyMode": "auto",
             "orientation": "auto",
             "reduceOptions": _REDUCED,
@@ -158,9 +169,10 @@ class Stat(Panel):
 
 @dataclass(frozen=True, kw_only=True)
 class Bars(Panel):
-    """The newest value of each series, side by side."""
+    """The value now of each series, side by side."""
 
     kind: ClassVar[str] = "bargauge"
+    instant: ClassVar[bool] = True
     lowest: float | None = 0.0
 
     def _options(self) -> Json:

@@ -59,6 +59,11 @@ def share(part: str, whole: str, by: Sequence[str] = ()) -> str:
     return f"{part} / on ({', '.join(by)}) group_left () {whole}" if by else f"{part} / {whole}"
 
 
+def or_nothing(expr: str) -> str:
+    """A share, or 0 where there is nothing to share: 0 divided by 0 is no number."""
+    return f"({expr} > 0 or vector(0))"
+
+
 def or_zero(expr: str) -> str:
     """An expression, or 0 where nothing of the kind has ever been counted."""
     return f"({expr} or vector(0))"

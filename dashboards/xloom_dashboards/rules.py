@@ -6,15 +6,17 @@ from typing import Any
 
 import yaml
 
-from xloom_dashboards.alerts import ALERTS, QUEUE_MARK, SCOPE_MARK
+from xloom_dashboards.alerts import ALERTS, QUEUE_MARK, SCOPE_MARK, Alert
+from xloom_dashboards.kubernetes import KUBERNETES_ALERTS, NAMESPACE_MARK, SERVICE_MARK
 
 RUNBOOKS = "docs/monitoring.md"  # each alert has a heading there
 REGENERATE = "python -m xloom_dashboards.generate"
 
 _PLAIN = f"# Prometheus rules for xloom, for `rule_files`. Written by `{REGENERATE}`: change alerts.py instead.\n"
 _CHART = (
-    f"# The alerts of templates/prometheusrule.yaml, which puts the release's labels for {SCOPE_MARK} and its limit\n"
-    f"# for {QUEUE_MARK}. Written by `{REGENERATE}`: change dashboards/xloom_dashboards/alerts.py instead.\n"
+    f"# The alerts of templates/prometheusrule.yaml, which puts the release's labels for {SCOPE_MARK}, its limit for\n"
+    f"# {QUEUE_MARK}, its names for {NAMESPACE_MARK} and {SERVICE_MARK}. Written by `{REGENERATE}`: change alerts.py\n"
+    f"# and kubernetes.py in dashboards/xloom_dashboards/ instead.\n"
 )
 
 
@@ -35,7 +37,11 @@ def plain_rules() -> str:
 
 def chart_alerts() -> str:
     """The alerts with markers, for the chart."""
-    alerts = [
+    return _CHART + _yaml({"alerts": _listed(ALERTS), "kubernetes": _listed(KUBERNETES_ALERTS)})
+
+
+def _listed(alerts: tuple[Alert, ...]) -> list[dict[str, str]]:
+    return [
         {
             "name": alert.name,
             "expr": alert.expr,
@@ -43,9 +49,8 @@ def chart_alerts() -> str:
             "severity": alert.severity,
             "summary": alert.summary,
         }
-        for alert in ALERTS
+        for alert in alerts
     ]
-    return _CHART + _yaml({"alerts": alerts})
 
 
 def _yaml(data: Any) -> str:

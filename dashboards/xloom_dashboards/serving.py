@@ -6,11 +6,13 @@ from xloom.observability import table
 from xloom.observability.table import Metric
 from xloom_dashboards import upstream
 from xloom_dashboards.board import SCOPE, Board, Row
+from xloom_dashboards.failures import failed_share, server_error_share
 from xloom_dashboards.panel import Bars, Graph, Heatmap, Panel, Query, Stat
-from xloom_dashboards.promql import or_zero, share, total
+from xloom_dashboards.promql import or_nothing, or_zero, share, total
 from xloom_dashboards.shared import MARKS, MODEL, PAGES_FULL, PLACE, TOKENS_A_SECOND
 
 OF_MODEL = 'model=~"$model"'
+A_DAY = "1d"
 _QUANTILES = ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"))
 
 
@@ -19,34 +21,37 @@ def _rate(metric: Metric, *matchers: str, by: tuple[str, ...] = ()) -> str:
 
 
 _ENDED = _rate(table.REQUESTS)
-_FAILED = or_zero(_rate(table.REQUESTS, 'outcome="error"'))
-_ANSWERED_5XX = SCOPE.rate(table.HTTP_ERRORS, 'status=~"5.."')
+
+
+def _of_a_day(metric: Metric) -> str:
+    return total(f"increase({SCOPE.series(metric, OF_MODEL)}[{A_DAY}])", ("model",))
+
 
 _NOW = Row("Now", (
     Stat(
         title="Requests", text="Requests that end each second.",
-        queries=(Query(_ENDED),), unit="reqps",
+        queries=(Query(or_zero(_ENDED)),), unit="reqps",
     ),
     Stat(
         title="Failed requests", unit="percentunit", steps=((0.01, "orange"), (0.05, "red")),
         text="Requests that ended with an error, as a share of all. Red is where XloomRequestsFailing fires.",
-        queries=(Query(share(_FAILED, _ENDED)),),
+        queries=(Query(or_nothing(failed_share(SCOPE, OF_MODEL))),),
     ),
     Stat(
         title="Time to first token, p99", unit="s", steps=((5, "orange"), (10, "red")),
         text="99 of 100 requests had their first token within this time. Red is where XloomFirstTokenSlow fires.",
-        queries=(Query(SCOPE.quantile(0.99, table.TIME_TO_FIRST_TOKEN, OF_MODEL)),),
+        queries=(Query(SCOPE.quantile(0.99, table.TIME_TO_FIRST_TOKEN, OF_MODEL)),), none="No requests",
     ),
     Stat(
         title="Tokens out", unit=TOKENS_A_SECOND, text="Tokens sent to clients each second.",
-        queries=(Query(_rate(table.GENERATION_TOKENS)),),
+        queries=(Query(or_zero(_rate(table.GENERATION_TOKENS))),),
     ),
     Stat(
         title="Requests in flight", text="Requests the routers have taken and not yet answered in full.",
-        queries=(Query(total(SCOPE.series(table.ROUTER_IN_FLIGHT))),), unit="none",
+        queries=(Query(total(SCOPE.series(table.ROUTER_IN_FLIGHT))),), unit="none", none="No router",
     ),
     Stat(
-        title="KV pages in use", unit="percentunit", steps=PAGES_FULL,
+        title="KV pages in use", unit="percentunit", steps=PAGES_FULL, none="No replica",
         text="Of all replicas together. When no page is free, requests are preempted.",
         queries=(
             Query(share(total(SCOPE.series(table.KV_PAGES_USED)), total(SCOPE.series(table.KV_PAGES_TOTAL)))),
@@ -104,6 +109,20 @@ _LATENCY = Row("Latency", (
     *_latency(
         "Whole request", table.REQUEST_SECONDS, "From a request's arrival to its last token: grows with its length.",
     ),
+    *(
+        Graph(
+            title=title, unit="s", text=text,
+            queries=tuple(Query(SCOPE.quantile(value, metric), name) for value, name in _QUANTILES),
+        )
+        for title, metric, text in (
+            (
+                "Time in queue", upstream.QUEUE_TIME,
+                "From a request's arrival in an engine until the engine took it up. Grows when replicas are too few.",
+            ),
+            ("Prefill", upstream.PREFILL_TIME, "From there to the first token: grows with prompts and what runs."),
+            ("Decode", upstream.DECODE_TIME, "From the first token to the last: grows with answers and what runs."),
+        )
+    ),
 ))  # fmt: skip
 
 _TOKENS = Row("Tokens", (
@@ -135,6 +154,14 @@ _TOKENS = Row("Tokens", (
             Query(SCOPE.quantile(0.9, upstream.ANSWER_LENGTH), "answer"),
         ),
     ),
+    Bars(
+        title="Tokens of the last day, by model", unit="short", width=24, height=6,
+        text="Prompt tokens and tokens sent, of the last 24 hours: what a day costs, by the name the client asked for.",
+        queries=(
+            Query(_of_a_day(table.PROMPT_TOKENS), "{{model}}, in"),
+            Query(_of_a_day(table.GENERATION_TOKENS), "{{model}}, out"),
+        ),
+    ),
 ))  # fmt: skip
 
 _ERRORS = Row("Errors", (
@@ -145,10 +172,11 @@ _ERRORS = Row("Errors", (
     ),
     Graph(
         title="Failed share", unit="percentunit", width=6, steps=((0.05, "red"),),
-        text="Requests that ended with an error, and answers with a 5xx status, as a share of requests.",
+        text="Requests that ended with an error, and answers with a 5xx status, as XloomRequestsFailing and "
+        "XloomServerErrors reckon them.",
         queries=(
-            Query(share(_FAILED, _ENDED), "ended with an error"),
-            Query(share(or_zero(_ANSWERED_5XX), SCOPE.rate(table.REQUESTS)), "answered 5xx"),
+            Query(failed_share(SCOPE, OF_MODEL), "ended with an error"),
+            Query(server_error_share(SCOPE), "answered 5xx"),
         ),
     ),
     Graph(

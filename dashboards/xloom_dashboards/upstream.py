@@ -30,9 +30,12 @@ GPU_MEMORY_FREE = "ray_node_gram_available"
 # vllm/v1/metrics/loggers.py through ray_wrappers.py: `vllm:` becomes `ray_vllm_`.
 PROMPT_LENGTH = "ray_vllm_request_prompt_tokens"  # histogram
 ANSWER_LENGTH = "ray_vllm_request_generation_tokens"  # histogram
+QUEUE_TIME = "ray_vllm_request_queue_time_seconds"  # histogram, as the two below; of replicas, the last of routers
+PREFILL_TIME = "ray_vllm_request_prefill_time_seconds"
+DECODE_TIME = "ray_vllm_request_decode_time_seconds"
 
 COUNTERS = (HEALTH_CHECK_FAILURES,)
-HISTOGRAMS = (REPLICA_STARTUP_MS, PROMPT_LENGTH, ANSWER_LENGTH)
+HISTOGRAMS = (REPLICA_STARTUP_MS, PROMPT_LENGTH, ANSWER_LENGTH, QUEUE_TIME, PREFILL_TIME, DECODE_TIME)
 GAUGES = (
     REPLICA_HEALTHY, DEPLOYMENT_STATUS, APPLICATION_STATUS,
     NODE_CPU, NODE_CPUS, NODE_MEMORY_USED, NODE_MEMORY, NODE_DISK_USED, NODE_DISK_FREE, NODE_RECEIVED, NODE_SENT,

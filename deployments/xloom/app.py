@@ -96,12 +96,14 @@ def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: P
         Router,
         name="router",
         num_replicas=settings.router.replicas,
-        ray_actor_options={"num_cpus": ROUTER_CPUS},
+        ray_actor_options={"num_cpus": ROUTER_CPUS, "resources": settings.router.resources},
+        max_replicas_per_node=settings.router.max_per_node,
         max_ongoing_requests=1000,
         health_check_period_s=2.0,
         health_check_timeout_s=30.0,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=30.0,
+        graceful_shutdown_timeout_s=replicas.drain_timeout_s
+        + _KILL_MARGIN_S,  # a stream may last as long as a replica's
         logging_config=serve_logging(settings.observability.logs),
     )
     return router.bind(engines, settings, token, max_lora_rank, store, open_front_end, keys, run_time_rules(settings))

@@ -15,8 +15,9 @@ from rich.markup import escape
 from xloom.commands import check, dashboards, quantize, tune
 from xloom.commands.adapters import add_adapter, list_adapters, remove_adapter
 from xloom.commands.build import write_config
-from xloom.commands.doctor import diagnose, show_isq
+from xloom.commands.doctor import diagnose, diagnose_cluster, show_isq
 from xloom.commands.endpoint import DEFAULT_URL, Endpoint
+from xloom.commands.memory_plan import memory_size, show_plan
 from xloom.commands.serve import serve
 from xloom.commands.status import show_status
 from xloom.protocol import XloomError
@@ -185,7 +186,13 @@ def _add_doctor(commands: Any) -> None:
     text = "Say what is here, what is missing, and the command that mends it. Exits with 1 when serving can't work."
     parser = _command(commands, "doctor", text, "xloom doctor settings.yaml")
     parser.add_argument("settings", nargs="?", type=Path, metavar="SETTINGS", help="YAML file (default: the sample)")
-    parser.add_argument("--isq", action="store_true", help="say instead what each way of quantising is on each device")
+    instead = parser.add_mutually_exclusive_group()
+    text = "say instead whether a GPU that shows so much memory serves them, as 24GiB: docs/sizing.md"
+    instead.add_argument("--gpu-memory", type=memory_size, metavar="SIZE", help=text)
+    text = "look instead at the cluster that kubectl reaches; SETTINGS is then a values file of the chart"
+    instead.add_argument("--kubernetes", action="store_true", help=text)
+    parser.add_argument("-n", "--namespace", default="default", help="with --kubernetes (%(default)s)")
+    instead.add_argument("--isq", action="store_true", help="say instead what each way of quantising is on each device")
     _json_option(parser)
     parser.set_defaults(run=_run_doctor)
 
@@ -197,6 +204,10 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint:
 def _run_doctor(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.isq:
         return show_isq(console, as_json=arguments.json)
+    if arguments.gpu_memory is not None:
+        return show_plan(arguments.settings, arguments.gpu_memory, console, as_json=arguments.json)
+    if arguments.kubernetes:
+        return diagnose_cluster(arguments.settings, arguments.namespace, console, as_json=arguments.json)
     return diagnose(arguments.settings, console, as_json=arguments.json)
 
 

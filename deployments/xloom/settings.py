@@ -164,6 +164,7 @@ class LimitSettings(_Section):
     connections: int = Field(2048, ge=1)
     header_bytes: int = Field(65536, ge=1024)  # request line and headers
     header_timeout_s: float = Field(10, gt=0)  # to send them
+    keep_alive_s: float = Field(620, gt=0)  # of an idle connection: longer than load balancers keep theirs
     body_bytes: int = Field(4 * 2**20, ge=1024)
     body_timeout_s: float = Field(30, gt=0)  # to send it
     json_depth: int = Field(64, ge=4)
@@ -191,6 +192,8 @@ class RouterSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     replicas: int = Field(1, ge=1)
+    max_per_node: int | None = Field(None, ge=1, le=100)  # of these on one Ray node; None: as many as fit
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # Ray resources of a router, which keep it where they are
     api_key: SecretStr | None = None  # or XLOOM_API_KEY
     admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; without it nobody changes adapters
     allow_anonymous: bool = False  # start without an API key at an address that others reach

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 
@@ -170,3 +171,15 @@ def test_a_replica_tells_of_its_scheduler(settings: Settings) -> None:
     assert value("vllm_prefix_cache_queries", "counter", "replica") == 64
     assert value("vllm_prefix_cache_hits", "counter", "replica") == 32
     assert value("vllm_generation_tokens", "counter", "replica") == 0  # requests are the router's
+
+
+def test_a_replica_tells_how_long_requests_queued_and_were_computed(settings: Settings) -> None:
+    logger = SchedulerStatLogger(front_end_config(settings))
+    queued, scheduled = EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED
+    events = [(queued, 10.0), (scheduled, 12.5), (EngineCoreEventType.PREEMPTED, 13.0), (scheduled, 14.0)]
+    first = EngineCoreOutput("a", [7], events=[EngineCoreEvent(*each) for each in events])
+    later = EngineCoreOutput("b", [7], events=[EngineCoreEvent(scheduled, 14.0)])  # it had its first before
+    logger.began(EngineCoreOutputs(outputs=[first, later, EngineCoreOutput("c", [7])], timestamp=15.5))
+    for name, seconds in (("queue", 2.5), ("prefill", 3.0)):
+        histogram = getattr(logger, f"histogram_{name}_time_request")[0]
+        assert (histogram.count, histogram.sum) == (1, seconds)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from xloom.commands import checks
 from xloom.commands.checks import Finding
+from xloom.commands.kubernetes_checks import examine_cluster
 from xloom.commands.settings_checks import check_settings, failed
 from xloom.protocol import XloomError
 from xloom.quantization import recipes
@@ -77,6 +78,22 @@ def diagnose(file: Path | None, console: Console, *, as_json: bool) -> int:
         verdict = "[green]Serving can work here.[/green]" if serves else "[red]Serving can't work here.[/red]"
         console.print(f"\n{verdict}{' xloom chat and xloom generate can run.' if local else ''}")
     return 0 if serves else 1
+
+
+def diagnose_cluster(values: Path | None, namespace: str, console: Console, *, as_json: bool) -> int:
+    """Examine the cluster that kubectl reaches, for the chart; 1 when an installation can't work there.
+
+    Raises `XloomError` (no_cluster, invalid_settings).
+    """
+    findings = examine_cluster(namespace, values)
+    works = not any(finding.level == "fail" for finding in findings)
+    if as_json:
+        console.print_json(data={"installs": works, "findings": [asdict(finding) for finding in findings]})
+    else:
+        report(findings, console)
+        can = "[green]The chart can be installed" if works else "[red]The chart can't be installed"
+        console.print(f"\n{can} in the namespace {escape(namespace)}.[/]")
+    return 0 if works else 1
 
 
 def show_isq(console: Console, *, as_json: bool) -> int:

@@ -23,6 +23,11 @@ def token_bytes(field: Callable[[str], Any], *, wide: bool) -> int:
     return int(2 * _needed(field, "num_hidden_layers") * kv_heads * head_dim * size)
 
 
+def request_pages(num_tokens: int, block_size: int) -> int:
+    """Pages the pool must have for a request of `num_tokens`. For layers that attend to everything."""
+    return NULL_PAGES + math.ceil(num_tokens / block_size)
+
+
 def pair_pages(num_tokens: int, block_size: int) -> int:
     """Pages the pool must have for an X-LoRA request of `num_tokens` and the scaling sequence beside it.
 

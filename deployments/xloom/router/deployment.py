@@ -16,6 +16,7 @@ from xloom.observability.journal import journal_for
 from xloom.observability.recorder import RECORDER
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
+from xloom.router.draining import Draining
 from xloom.router.errors import CodedErrors
 from xloom.router.exposure import is_loopback
 from xloom.router.front_end import OpenFrontEnd
@@ -74,6 +75,7 @@ class Router:
         self._watchdog = Watchdog(settings.replicas.stuck_timeout_s)
         self._starving: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
+        self._drain_s = settings.replicas.drain_timeout_s
         RECORDER.start()
         self._tracing = traces.start(watch.traces, "router", router_id)
         journal = journal_for("router", router_id, base, lines=watch.logs.requests, tracing=self._tracing)
@@ -108,6 +110,13 @@ class Router:
         self._dispatcher.start()
         await self._listener.start()
         logger.info("listening on %s:%d", settings.router.host, self._listener.port)
+        self._draining = Draining(self._listener.port, lambda: self._listener.answers, self._drain)
+        self._draining.start()
+
+    def _drain(self, asked: bool) -> None:
+        self._dispatcher.draining = asked
+        self._listener.keep_connections(not asked)
+        logger.info("asked to drain" if asked else "no longer asked to drain")
 
     async def describe(self) -> dict[str, Any]:
         """The port it listens on, and whether a replica can answer."""
@@ -160,7 +169,8 @@ class Router:
             return
         if self._asking is not None:
             self._asking.cancel()
-        await listener.close()
+        await listener.close(self._drain_s)
+        self._draining.close()
         await self._manifest.close()
         await self._dispatcher.close()
         self._front_end.shutdown()

@@ -71,6 +71,7 @@ class Dispatcher:
         self.start_failure = ""  # why the newest replica did not start, where there is none
         self.newest: Callable[[AdapterRef], AdapterRef | None] = lambda ref: ref  # what its name stands for now
         self.on_starved: Callable[[], None] = lambda: None  # requests wait and there is no replica
+        self.draining = False  # the router is to end
         self.vocabulary = UNKNOWN_VOCABULARY
         self._ready_timeout_s = ready_timeout_s
         self._requests: dict[str, _RequestState] = {}

@@ -191,6 +191,8 @@ def attach_routes(app: FastAPI, control: Control) -> None:
         return Response(f"Success: LoRA adapter '{wanted.lora_name}' removed successfully.")
 
     async def ready() -> dict[str, Any]:
+        if control.dispatcher.draining:
+            raise XloomError("router_closing", "The router is shutting down.", "Retry.", 503)
         if not control.dispatcher.is_ready:
             raise control.dispatcher.none_ready("No replica can answer now.", "See `xloom status`.")
         return {"ready": True, "replicas": len(control.dispatcher.directory.links)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from math import ceil
 
 import uvicorn
 
@@ -13,7 +14,7 @@ from xloom.router.errors import App
 from xloom.router.port_claim import PortClaim
 from xloom.settings import LimitSettings
 
-GRACE_S = 20  # for answers under way when the router ends
+CLOSE = (b"connection", b"close")
 
 
 class _Server(uvicorn.Server):
@@ -38,8 +39,7 @@ class HttpListener:
             log_config=None,  # the process's own: xloom.observability.logs
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=GRACE_S,
-            timeout_keep_alive=30,
+            timeout_keep_alive=ceil(limits.keep_alive_s),
             lifespan="on",
         )
         self.server: uvicorn.Server = _Server(config)
@@ -65,8 +65,23 @@ class HttpListener:
         if self._task is None or self._task.done():
             raise RuntimeError("the HTTP server has ended")
 
-    async def close(self) -> None:
-        """Accept no more, let answers under way finish, then stop."""
+    @property
+    def answers(self) -> int:
+        """Requests that are being answered."""
+        return len(self.server.server_state.tasks)
+
+    def keep_connections(self, keep: bool) -> None:
+        """Whether connections outlive their answers; where not, each answer says so, from the next second on.
+
+        Relies on `uvicorn.Server.on_tick` (0.54), which takes `Config.encoded_headers` up once a second.
+        """
+        headers = self.server.config.encoded_headers
+        if keep is (CLOSE in headers):
+            (headers.remove if keep else headers.append)(CLOSE)
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Accept no more, let answers under way finish for that many seconds, then stop."""
+        self.server.config.timeout_graceful_shutdown = ceil(grace_s)
         self.server.should_exit = True
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)

@@ -22,6 +22,7 @@ from xloom.observability.recorder import RECORDER, Series
 from xloom.observability.table import Kind, Metric
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 _UNKNOWN_TO_ROUTERS = ("histogram_iteration_tokens",)  # of whole engine steps
@@ -125,6 +126,17 @@ class SchedulerStatLogger(RayPrometheusStatLogger):
     def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
         super().__init__(vllm_config, engine_indexes)
         self.gauge_lora_info = None  # a label that lists adapters: a series for each mix of them
+
+    def began(self, outputs: EngineCoreOutputs) -> None:
+        """Of the requests whose first tokens came in a step: seconds in the queue, and from there to those tokens.
+
+        Times of one process, as vLLM's own `IterationStats` takes them; one that is preempted counts once.
+        """
+        for output in outputs.outputs:
+            at = {event.type.name: event.timestamp for event in reversed(output.events or ())}  # the first of each
+            if {"QUEUED", "SCHEDULED"} <= set(at) and output.new_token_ids:
+                self.histogram_queue_time_request[0].observe(at["SCHEDULED"] - at["QUEUED"])
+                self.histogram_prefill_time_request[0].observe(outputs.timestamp - at["SCHEDULED"])
 
     def take(self, scheduler_stats: SchedulerStats) -> None:
         """The figures of one engine step."""

@@ -22,14 +22,40 @@ app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 }
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* What selects pods. Not by name: KubeRay's own services select pods that are called `kuberay`, as it labels them. */}}
+{{- define "xloom.podSelector" -}}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
 {{- define "xloom.labels" -}}
-{{ include "xloom.selectorLabels" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- include "xloom.labelsWith" (dict "root" . "more" dict) -}}
+{{- end -}}
+
+{{/* All labels of an object, the user's over the chart's. Arguments: dict "root" $ "more" LABELS. */}}
+{{- define "xloom.labelsWith" -}}
+{{- $labels := include "xloom.selectorLabels" .root | fromYaml -}}
+{{- $_ := set $labels "app.kubernetes.io/version" (toString .root.Chart.AppVersion) -}}
+{{- $_ := set $labels "app.kubernetes.io/managed-by" .root.Release.Service -}}
+{{- $_ := set $labels "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version) -}}
+{{- mergeOverwrite $labels (deepCopy .root.Values.commonLabels) (deepCopy .more) | toYaml -}}
+{{- end -}}
+
+{{/*
+A list of mappings as YAML, in which those of `over` take the place of those of `base` that have the same `key`: the API
+server refuses two. Arguments: dict "key" KEY "base" LIST "over" LIST.
+*/}}
+{{- define "xloom.overlaid" -}}
+{{- $key := .key -}}
+{{- $last := dict -}}
+{{- $order := list -}}
+{{- range concat .base .over -}}
+{{- $id := get . $key -}}
+{{- if not (hasKey $last $id) }}{{ $order = append $order $id }}{{ end -}}
+{{- $_ := set $last $id . -}}
+{{- end -}}
+{{- $found := list -}}
+{{- range $order }}{{ $found = append $found (get $last .) }}{{ end -}}
+{{- toYaml $found -}}
 {{- end -}}
 
 {{- define "xloom.headServiceAccount" -}}

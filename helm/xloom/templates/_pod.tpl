@@ -11,28 +11,45 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
+{{/* The user's containers, each with the chart's security context where it has none. Arguments: "root" "containers". */}}
+{{- define "xloom.secured" -}}
+{{- $found := list -}}
+{{- $security := include "xloom.containerSecurity" .root | fromYaml -}}
+{{- range .containers }}{{ $found = append $found (merge (deepCopy .) (dict "securityContext" $security)) }}{{ end -}}
+{{- toYaml $found -}}
+{{- end -}}
+
 {{- define "xloom.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: {{ int .Values.podSecurityContext.runAsUser }}
-runAsGroup: {{ int .Values.podSecurityContext.runAsGroup }}
-fsGroup: {{ int .Values.podSecurityContext.fsGroup }}
+{{- range $field := list "runAsUser" "runAsGroup" "fsGroup" }}
+{{- $id := get $.Values.podSecurityContext $field }}
+{{- if not (has (toString $id) (list "" "<nil>")) }}{{/* Helm drops a key that is null */}}
+{{ $field }}: {{ int64 $id }}
+{{- end }}
+{{- end }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
 {{- define "xloom.podLabels" -}}
-{{ include "xloom.selectorLabels" .root }}
-app.kubernetes.io/component: {{ .role }}
-{{- with .root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
-{{- with .group.podLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $labels := mergeOverwrite (deepCopy .root.Values.commonLabels) (deepCopy (default dict .group.podLabels)) -}}
+{{- $_ := set $labels "app.kubernetes.io/component" .role -}}
+{{- mergeOverwrite $labels (include "xloom.podSelector" .root | fromYaml) | toYaml -}}
+{{- end -}}
+
+{{- define "xloom.podAnnotations" -}}
+{{- $own := dict -}}
+{{- with .root.Values.restartedAt }}{{ $_ := set $own "xloom/restarted-at" (toString .) }}{{ end -}}
+{{- with mergeOverwrite $own (deepCopy (default dict .group.podAnnotations)) }}{{ toYaml . }}{{ end -}}
 {{- end -}}
 
 {{- define "xloom.env" -}}
+{{- $over := concat .root.Values.extraEnv (default list .group.extraEnv) -}}
+{{- include "xloom.overlaid" (dict "key" "name" "base" (include "xloom.ownEnv" . | fromYamlArray) "over" $over) -}}
+{{- end -}}
+
+{{- define "xloom.ownEnv" -}}
 - {name: HOME, value: /home/xloom}
 - {name: HF_HOME, value: /var/cache/xloom/hub}
 - {name: VLLM_CACHE_ROOT, value: /var/cache/xloom/vllm}
@@ -63,12 +80,6 @@ app.kubernetes.io/component: {{ .role }}
   valueFrom:
     secretKeyRef: {name: {{ . }}, key: {{ $.root.Values.hub.tokenKey }}}
 {{- end }}
-{{- with .root.Values.extraEnv }}
-{{ toYaml . }}
-{{- end }}
-{{- with .group.extraEnv }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{- define "xloom.hasStore" -}}
@@ -77,17 +88,24 @@ app.kubernetes.io/component: {{ .role }}
 {{- end -}}
 
 {{- define "xloom.volumeMounts" -}}
+{{- $own := include "xloom.ownVolumeMounts" . | fromYamlArray -}}
+{{- include "xloom.overlaid" (dict "key" "mountPath" "base" $own "over" .root.Values.extraVolumeMounts) -}}
+{{- end -}}
+
+{{- define "xloom.ownVolumeMounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /home/xloom}
 - {name: shared-mem, mountPath: /dev/shm}
 - {name: cache, mountPath: /var/cache/xloom}
 - {name: store, mountPath: /var/lib/xloom}
-{{- with .root.Values.extraVolumeMounts }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{- define "xloom.volumes" -}}
+{{- $own := include "xloom.ownVolumes" . | fromYamlArray -}}
+{{- include "xloom.overlaid" (dict "key" "name" "base" $own "over" .root.Values.extraVolumes) -}}
+{{- end -}}
+
+{{- define "xloom.ownVolumes" -}}
 - name: tmp
   emptyDir: {}
 - name: home
@@ -103,7 +121,7 @@ app.kubernetes.io/component: {{ .role }}
   {{- if eq $cache.type "claim" }}
   persistentVolumeClaim:
     claimName: {{ include "xloom.cacheClaim" .root }}
-  {{- else if and (eq $cache.type "ephemeral") (eq .role "worker") }}
+  {{- else if and (eq $cache.type "ephemeral") (eq .role "worker") (not .group.routers) }}
   ephemeral:
     volumeClaimTemplate:
       spec:
@@ -141,9 +159,65 @@ app.kubernetes.io/component: {{ .role }}
             - path: namespace
               fieldRef: {fieldPath: metadata.namespace}
 {{- end }}
-{{- with .root.Values.extraVolumes }}
-{{ toYaml . }}
-{{- end }}
+{{- end -}}
+
+{{/*
+KubeRay adds probes of its own where a container has none (initLivenessAndReadinessProbe, KubeRay 1.7): one stall of a
+router over 2 s would take its pod off the endpoint. `/api/healthz` of Ray's agent (Ray 2.60) is about Ray on the node, and
+the GCS on the head; only pods with a router are ready, and get traffic.
+*/}}
+{{- define "xloom.probes" -}}
+{{- $probes := .root.Values.probes -}}
+livenessProbe:
+  httpGet: {path: /api/healthz, port: 52365}
+  initialDelaySeconds: 30
+  periodSeconds: {{ int $probes.periodSeconds }}
+  timeoutSeconds: {{ int $probes.timeoutSeconds }}
+  failureThreshold: {{ int $probes.livenessFailureThreshold }}
+readinessProbe:
+  {{- if eq .role "head" }}
+  httpGet: {path: /api/healthz, port: 52365}
+  {{- else }}
+  httpGet: {path: /-/healthz, port: serve}
+  {{- end }}
+  initialDelaySeconds: {{ eq .role "head" | ternary 10 5 }}
+  periodSeconds: {{ int $probes.periodSeconds }}
+  timeoutSeconds: {{ int $probes.timeoutSeconds }}
+  failureThreshold: {{ eq .role "head" | ternary 10 (include "xloom.failureThreshold" .root | int) }}
+{{- end -}}
+
+{{/* Failures of a router's probe that span more than stuck_timeout_s. */}}
+{{- define "xloom.failureThreshold" -}}
+{{- $given := .Values.probes.failureThreshold | toString -}}
+{{- if has $given (list "" "<nil>") -}}
+{{- $stuck := dig "replicas" "stuck_timeout_s" 10 .Values.settings | float64 -}}
+{{- add 1 (ceil (divf $stuck (float64 .Values.probes.periodSeconds)) | int) -}}
+{{- else -}}
+{{- int .Values.probes.failureThreshold -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Requests and limits of the Ray container, the user's over the chart's. */}}
+{{- define "xloom.resources" -}}
+{{- $own := include "xloom.ownResources" . | fromYaml -}}
+{{- mergeOverwrite $own (deepCopy (default dict .group.resources)) | toYaml -}}
+{{- end -}}
+
+{{- define "xloom.ownResources" -}}
+{{- $memory := default "8Gi" .group.memory -}}
+{{- $gpus := default 0 .group.gpus | int -}}
+requests:
+  cpu: {{ default 1 .group.cpus | toString | quote }}
+  memory: {{ $memory }}
+  ephemeral-storage: {{ default "10Gi" .group.ephemeralStorage }}
+  {{- if $gpus }}
+  {{ default "nvidia.com/gpu" .group.gpuResource }}: {{ $gpus | quote }}
+  {{- end }}
+limits:
+  memory: {{ $memory }}
+  {{- if $gpus }}
+  {{ default "nvidia.com/gpu" .group.gpuResource }}: {{ $gpus | quote }}
+  {{- end }}
 {{- end -}}
 
 {{/* What is the same in the spec of both. */}}
@@ -172,6 +246,13 @@ priorityClassName: {{ . }}
 {{- with .group.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
+{{- with .group.schedulerName }}
+schedulerName: {{ . }}
+{{- end }}
+{{- with .group.initContainers }}
+initContainers:
+  {{- include "xloom.secured" (dict "root" $.root "containers" .) | nindent 2 }}
+{{- end }}
 volumes:
   {{- include "xloom.volumes" . | nindent 2 }}
 {{- end -}}
@@ -186,6 +267,9 @@ Arguments: dict "group" GROUP "fixed" OPTIONS.
 {{- with .group.shm -}}
 {{- $unit := hasSuffix "Gi" . | ternary 1073741824 1048576 -}}
 {{- $_ := set $params "object-store-memory" (div (mul (regexFind "^[0-9]+" . | int64) $unit) 2 | toString) -}}
+{{- end -}}
+{{- if .group.routers -}}
+{{- $_ := set $params "resources" "\"{\\\"xloom_router\\\": 1}\"" -}}{{/* quoted as KubeRay and Ray's autoscaler read it */}}
 {{- end -}}
 {{- mergeOverwrite $params (deepCopy (default dict .group.rayStartParams)) .fixed | toYaml -}}
 {{- end -}}

@@ -14,6 +14,15 @@
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
 {{- fail (printf "The name %q is not one Kubernetes takes for a service: it must start with a lower-case letter and hold only a-z, 0-9 and -. Set fullnameOverride, or choose another release name." $name) -}}
 {{- end -}}
+{{- $labelled := dict "commonLabels" .Values.commonLabels "head.podLabels" .Values.head.podLabels -}}
+{{- range .Values.workerGroups }}{{ $_ := set $labelled (printf "workerGroups, %s: podLabels" .name) (default dict .podLabels) }}{{ end -}}
+{{- range $path, $labels := $labelled -}}
+{{- range $key, $_ := $labels -}}
+{{- if or (has $key (list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component")) (hasPrefix "ray.io/" $key) -}}
+{{- fail (printf "%s: services, policies and monitors select pods by the label %s. Choose another label." $path $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- $seen := list -}}
 {{- range .Values.workerGroups -}}
 {{- if has .name $seen -}}
@@ -58,11 +67,25 @@
 {{- if has (include "xloom.port" . | int) (list 6379 8080 8265 10001 52365) -}}
 {{- fail (printf "settings.router.port %s is one of Ray's own ports. Use 8000, or another that is not 6379, 8080, 8265, 10001 or 52365." (include "xloom.port" .)) -}}
 {{- end -}}
+{{- range $field := list "type" "ports" "selector" -}}
+{{- if hasKey $.Values.service.spec $field -}}
+{{- fail (printf "service.spec.%s is not taken: KubeRay and the chart set it. Leave it out (service.type and settings.router.port are the chart's values)." $field) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.ingress.enabled .Values.httpRoute.enabled -}}
 {{- fail "ingress.enabled and httpRoute.enabled exclude each other. Turn one of them off." -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
-{{- fail "ingress.enabled needs a host. Set ingress.hosts, as [{host: xloom.example.com, paths: [/]}]." -}}
+{{- fail "ingress.enabled needs a host. Set ingress.hosts, as [{host: xloom.example.com}]." -}}
+{{- end -}}
+{{- $paths := dict "publicPaths" .Values.publicPaths -}}
+{{- range .Values.ingress.hosts }}{{ $_ := set $paths (printf "ingress.hosts, %s: paths" .host) (default list .paths) }}{{ end -}}
+{{- range $path, $values := $paths -}}
+{{- range $values -}}
+{{- if has (trimSuffix "/" .) (list "" "/metrics") -}}
+{{- fail (printf "%s: %s would let /metrics, which is answered without a key, out to everyone. List what clients need, as /v1 and /ready." $path .) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
 {{- fail "httpRoute.enabled needs a gateway. Set httpRoute.parentRefs, as [{name: public, namespace: gateways}]." -}}
@@ -86,6 +109,14 @@
 {{- end -}}
 
 {{- define "xloom.validate.times" -}}
+{{- if eq .Values.upgradeStrategy "NewClusterWithIncrementalUpgrade" -}}
+{{- if not .Values.incrementalUpgrade.gatewayClassName -}}
+{{- fail "upgradeStrategy=NewClusterWithIncrementalUpgrade needs a Gateway class. Set incrementalUpgrade.gatewayClassName." -}}
+{{- end -}}
+{{- if not .Values.autoscaler.enabled -}}
+{{- fail "upgradeStrategy=NewClusterWithIncrementalUpgrade needs Ray's autoscaler. Set autoscaler.enabled=true, or upgradeStrategy=NewCluster." -}}
+{{- end -}}
+{{- end -}}
 {{- $drain := include "xloom.drain" . | int -}}
 {{- $grace := include "xloom.grace" . | int -}}
 {{- $delay := include "xloom.deletionDelay" . | int -}}
@@ -109,7 +140,7 @@
 {{- $cpus := dig "cpus" 1 $replicas | float64 -}}
 {{- $gpus := dig "gpus" 0 $replicas | float64 -}}
 {{- $tensor := dig "engine" "tensor_parallel_size" 1 .Values.settings | int -}}
-{{- $routers := dig "router" "replicas" 1 .Values.settings | int -}}
+{{- $routers := include "xloom.routers" . | int -}}
 {{- if not .Values.workerGroups -}}
 {{- fail "There is no worker group, and no replica runs on the head. Add an entry to workerGroups." -}}
 {{- end -}}
@@ -117,6 +148,11 @@
 {{- fail (printf "settings.engine.tensor_parallel_size is %d but settings.replicas.gpus is %v. Set settings.replicas.gpus to %d." $tensor $gpus $tensor) -}}
 {{- end -}}
 {{- $capacity := 0 -}}
+{{- $places := 0 -}}
+{{- $forRouters := include "xloom.routerGroups" . -}}
+{{- if eq (include "xloom.firstEngineGroup" .) "" -}}
+{{- fail "Every worker group has routers=true, so there is none for engines. Add an entry to workerGroups without it." -}}
+{{- end -}}
 {{- $allCpus := 0.0 -}}
 {{- $mostGpus := 0.0 -}}
 {{- $mostCpus := 0.0 -}}
@@ -132,7 +168,13 @@
 {{- $ownCpus := default 1 .cpus | float64 -}}
 {{- $ownGpus := default 0 .gpus | float64 -}}
 {{- $mostGpus = maxf $mostGpus $ownGpus -}}
+{{- if .routers -}}
+{{- if $ownGpus }}{{ fail (printf "workerGroups, %s: routers need no GPU, and routers=true keeps engines away. Set gpus=0." .name) }}{{ end -}}
+{{- if and (eq $gpus 0.0) (ge $ownCpus $cpus) }}{{ fail (printf "workerGroups, %s: engines of %v CPUs would be placed beside the routers. Lower its cpus, or leave routers out: then routers run in any group." .name $cpus) }}{{ end -}}
+{{- else -}}
 {{- $mostCpus = maxf $mostCpus $ownCpus -}}
+{{- end -}}
+{{- if or .routers (not $forRouters) }}{{ $places = add $places $pods | int }}{{ end -}}
 {{- $capacity = add $capacity (mul (include "xloom.perPod" $of | int) $pods) | int -}}
 {{- $allCpus = addf $allCpus (mulf $ownCpus $pods) -}}
 {{- end -}}
@@ -149,6 +191,9 @@
 {{- if gt $cpus $mostCpus -}}
 {{- fail (printf "settings.replicas.cpus is %v but no worker group has that many CPUs in a pod (most: %v). Raise workerGroups[].cpus, or lower settings.replicas.cpus." $cpus $mostCpus) -}}
 {{- end -}}
+{{- if gt $routers (max 1 $places) -}}
+{{- fail (printf "settings.router.replicas is %d, one for a pod, and there are %d pods at most for routers. Raise workerGroups[].maxReplicas, or lower settings.router.replicas." $routers $places) -}}
+{{- end -}}
 {{- if gt $wanted $capacity -}}
 {{- fail (printf "settings.replicas.max is %d but the worker groups can hold %d replicas of %v CPUs and %v GPUs. Raise workerGroups[].%s, or lower settings.replicas.max." $wanted $capacity $cpus $gpus (.Values.autoscaler.enabled | ternary "maxReplicas" "minReplicas (autoscaler.enabled is false)")) -}}
 {{- end -}}
@@ -161,8 +206,6 @@
 {{- define "xloom.validate.storage" -}}
 {{- $cache := .Values.persistence.cache -}}
 {{- $store := .Values.persistence.store -}}
-{{- $pods := 0 -}}
-{{- range $index, $group := .Values.workerGroups }}{{ $pods = add $pods (include "xloom.maxPods" (dict "root" $ "group" $group "index" $index) | int) | int }}{{ end -}}
 {{- if and (eq $cache.type "claim") (not $cache.existingClaim) (not (has "ReadWriteMany" $cache.accessModes)) -}}
 {{- fail "persistence.cache is one volume for the head and all workers, so its accessModes must have ReadWriteMany. Set that with a storage class that can, or persistence.cache.type=ephemeral or none." -}}
 {{- end -}}
@@ -173,8 +216,9 @@
 {{- if and .Values.gcsFaultTolerance.enabled (not .Values.gcsFaultTolerance.redisAddress) -}}
 {{- fail "gcsFaultTolerance.enabled needs a Redis outside the cluster's pods. Set gcsFaultTolerance.redisAddress, as redis:6379." -}}
 {{- end -}}
-{{- if and .Values.podDisruptionBudget.enabled (ge (int .Values.podDisruptionBudget.minAvailable) $pods) -}}
-{{- fail (printf "podDisruptionBudget.minAvailable (%d) with at most %d worker pods would never let a node be drained. Lower it, or raise workerGroups[].maxReplicas." (int .Values.podDisruptionBudget.minAvailable) $pods) -}}
+{{- $least := include "xloom.minAvailable" . | int -}}
+{{- if and .Values.podDisruptionBudget.enabled (or (lt $least 1) (ge $least (include "xloom.routers" . | int))) -}}
+{{- fail (printf "podDisruptionBudget keeps at least one router, and lets another go: %s can't do both with minAvailable %d. Raise settings.router.replicas, or lower minAvailable." (include "xloom.routers" .) $least) -}}
 {{- end -}}
 {{- if and (not .Values.serviceAccount.create) (or (not .Values.serviceAccount.headName) (not .Values.serviceAccount.workerName)) -}}
 {{- fail "serviceAccount.create is false. Name the accounts that exist in serviceAccount.headName and serviceAccount.workerName." -}}

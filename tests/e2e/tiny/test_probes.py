@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from xloom.router.draining import folder_of
 
 from ..served import Served
 
@@ -42,3 +46,27 @@ def test_metrics_show_the_engine_the_replicas_and_the_router(server: Served) -> 
     for name in GAUGES:
         assert samples[f"xloom_replica_{name}"] == [({"replica": replica["id"]}, replica["stats"][name])]
     assert samples["xloom_router_in_flight"] == [({}, 0.0)]
+
+
+def test_a_router_that_is_asked_to_drain_says_so_until_it_is_no_longer(server: Served) -> None:
+    """What the script before a Kubernetes pod's end does: helm/xloom/files/drain.sh."""
+    folder = folder_of(httpx.URL(server.url).port or 0)
+    pid, *others = [each for each in folder.iterdir() if each.name.isdigit()]
+
+    def until(*, drains: bool) -> httpx.Response:
+        deadline = time.monotonic() + 30
+        while True:
+            answer = httpx.get(f"{server.url}/ready", trust_env=False, timeout=30)
+            closes = answer.headers.get("connection") == "close"
+            if (answer.status_code == 503) is closes is drains and pid.exists() is not drains:
+                return answer
+            assert time.monotonic() < deadline, answer.text
+
+    assert others == []
+    (folder / "drain").touch()
+    try:
+        assert until(drains=True).json()["error"]["code"] == "router_closing"
+        assert server.greedy("base", list(range(50, 60)), 4)  # what still comes is answered
+    finally:
+        (folder / "drain").unlink()
+    assert until(drains=False).status_code == 200

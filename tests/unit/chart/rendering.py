@@ -23,7 +23,13 @@ RAY_SERVICE = Path(__file__).parent / "schemas" / "rayservices.ray.io-1.7.0.json
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 KUBERNETES = "1.37"
-FOREIGN = {"monitoring.coreos.com/v1", "gateway.networking.k8s.io/v1"}  # their CRDs are not at hand
+# Their CRDs are not at hand.
+FOREIGN = {
+    "monitoring.coreos.com/v1",
+    "gateway.networking.k8s.io/v1",
+    "networking.gke.io/v1",
+    "cloud.google.com/v1",
+}
 
 Values = dict[str, Any]
 Object = dict[str, Any]

@@ -6,6 +6,10 @@ import pytest
 
 from tests.unit.chart.rendering import Values, refusal, render
 
+TWO_ROUTERS: Values = {
+    "settings": {"router": {"replicas": 2}},
+    "workerGroups": [{"name": "cpu", "cpus": 4, "maxReplicas": 3}],
+}
 GPU = {"name": "gpu", "cpus": 8, "gpus": 2, "maxReplicas": 2}
 
 REFUSED: dict[str, tuple[Values, str]] = {
@@ -100,6 +104,30 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"settings": {"replicas": {"cpus": 3}}},
         "1 replicas of 3 CPUs and 1 routers of 0.1 need 3.1 CPUs, and the worker groups have 3. Raise",
     ),
+    "as many routers kept as there are": (
+        {"podDisruptionBudget": {"enabled": True, "minAvailable": 2}, **TWO_ROUTERS},
+        "2 can't do both with minAvailable 2. Raise settings.router.replicas, or lower minAvailable.",
+    ),
+    "more routers than pods": (
+        {"settings": {"router": {"replicas": 3}}, "workerGroups": [{"name": "cpu", "cpus": 4, "maxReplicas": 2}]},
+        "settings.router.replicas is 3, one for a pod, and there are 2 pods at most for routers.",
+    ),
+    "more routers than pods for them": (
+        {
+            "settings": {"router": {"replicas": 2}, "replicas": {"gpus": 1}},
+            "workerGroups": [GPU, {"name": "routers", "cpus": 1, "routers": True, "maxReplicas": 1}],
+        },
+        "settings.router.replicas is 2, one for a pod, and there are 1 pods at most for routers.",
+    ),
+    "only groups for routers": (
+        {"workerGroups": [{"name": "routers", "cpus": 1, "routers": True}]},
+        "Every worker group has routers=true, so there is none for engines.",
+    ),
+    "routers on GPUs": ({"workerGroups": [GPU, GPU | {"name": "b", "routers": True}]}, "b: routers need no GPU"),
+    "engines in the routers' pods": (
+        {"workerGroups": [{"name": "a", "cpus": 4}, {"name": "b", "cpus": 2, "routers": True}]},
+        "workerGroups, b: engines of 2 CPUs would be placed beside the routers.",
+    ),
     "no worker group": ({"workerGroups": []}, "Add an entry to workerGroups."),
     "limits the wrong way round": (
         {"workerGroups": [{"name": "cpu", "cpus": 4, "minReplicas": 3, "maxReplicas": 2}]},
@@ -111,7 +139,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "idleTimeoutSeconds needs autoscaler.version=v2.",
     ),
     "one node's volume for all": (
-        {"persistence": {"cache": {"accessModes": ["ReadWriteOnce"]}}},
+        {"persistence": {"cache": {"type": "claim", "accessModes": ["ReadWriteOnce"]}}},
         "its accessModes must have ReadWriteMany. Set that with a storage class that can, or "
         "persistence.cache.type=ephemeral or none.",
     ),
@@ -122,7 +150,7 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "fault tolerance without Redis": ({"gcsFaultTolerance": {"enabled": True}}, "Set gcsFaultTolerance.redisAddress"),
     "budget that blocks every drain": (
         {"podDisruptionBudget": {"enabled": True}},
-        "podDisruptionBudget.minAvailable (1) with at most 1 worker pods would never let a node be drained.",
+        "keeps at least one router, and lets another go: 1 can't do both with minAvailable 0. Raise",
     ),
     "accounts without names": ({"serviceAccount": {"create": False}}, "Name the accounts that exist"),
     "alerts without figures": (

@@ -45,15 +45,20 @@ OPTIONS: list[list[Values]] = [
         },
     ],
     [
-        {"persistence": {"cache": {"type": "ephemeral", "storageClass": "fast"}}},
+        {"persistence": {"cache": {"storageClass": "fast"}}},
+        {"persistence": {"cache": {"type": "claim", "storageClass": "shared"}}},
         {"persistence": {"cache": {"type": "none"}}},
-        {"persistence": {"cache": {"existingClaim": "mine"}, "store": {"existingClaim": "mine-too"}}},
+        {"persistence": {"cache": {"type": "claim", "existingClaim": "mine"}, "store": {"existingClaim": "mine-too"}}},
         {"persistence": {"store": {"enabled": False}}},
         {"persistence": {"store": {"accessModes": ["ReadWriteMany"], "storageClass": "shared"}}},
     ],
     [
         {"ingress": {"enabled": True, "className": "nginx", "hosts": [{"host": "a.b"}], "tls": [{"hosts": ["a.b"]}]}},
         {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["a.example.com"]}},
+        {
+            "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]},
+            "loadBalancer": {"provider": "gke"},
+        },
         {"service": {"type": "LoadBalancer", "annotations": {"a": "b"}, "spec": {"externalTrafficPolicy": "Local"}}},
     ],
     [
@@ -134,7 +139,7 @@ OPTIONS: list[list[Values]] = [
                     "rayStartParams": {"object-store-memory": "1000000000"},
                 },
             ],
-            "settings": {"replicas": {"max": 5, "gpus": 1}, "isq": {"method": "gptq"}},
+            "settings": {"replicas": {"max": 5, "gpus": 1}, "isq": {"method": "gptq"}, "router": {"replicas": 3}},
             "podDisruptionBudget": {"enabled": True, "minAvailable": 2},
         },
     ],
@@ -229,7 +234,7 @@ def test_pods_have_time_to_drain_and_clusters_to_end() -> None:
 
 def test_worker_groups_become_ray_groups_with_their_limits() -> None:
     objects = render(example(CHART / "examples" / "values-llama-70b-tp4.yaml"))
-    [group] = one(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    group, _ = one(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert (group["minReplicas"], group["maxReplicas"], group["idleTimeoutSeconds"]) == (1, 2, 1800)
     assert group["rayStartParams"] == {
         "num-cpus": "18",
@@ -293,7 +298,7 @@ def test_an_upgrades_head_goes_where_a_volume_of_one_node_is() -> None:
 
 
 def test_claims_stay_when_the_release_goes() -> None:
-    claims = of_kind(render({}), "PersistentVolumeClaim")
+    claims = of_kind(render({"persistence": {"cache": {"type": "claim"}}}), "PersistentVolumeClaim")
     assert [each["metadata"]["name"] for each in claims] == ["xloom-cache", "xloom-store"]
     assert all(each["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep" for each in claims)
 
@@ -335,8 +340,8 @@ def test_the_parts_meet_at_the_same_port_and_names() -> None:
         assert group["template"]["spec"]["serviceAccountName"] in {
             each["metadata"]["name"] for each in of_kind(objects, "ServiceAccount")
         }
-    [path] = one(objects, "Ingress")["spec"]["rules"][0]["http"]["paths"]
-    assert path["backend"]["service"] == {"name": "blue-xloom-serve-svc", "port": {"number": 9000}}
+    for path in one(objects, "Ingress")["spec"]["rules"][0]["http"]["paths"]:
+        assert path["backend"]["service"] == {"name": "blue-xloom-serve-svc", "port": {"number": 9000}}
     env = {each["name"]: each.get("value") for each in one(objects, "Pod")["spec"]["containers"][0]["env"]}
     assert env["URL"] == "http://blue-xloom-serve-svc:9000"
 

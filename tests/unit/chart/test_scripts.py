@@ -1,9 +1,12 @@
-"""The two scripts inside pods, run against a small HTTP server: the test hook's and the one before a pod stops."""
+"""The two scripts inside pods, run: the test hook's against a small HTTP server, and the one before a pod stops."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -14,10 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.programs import needs
 from tests.unit.chart.rendering import one, pod_templates, render
-
-WGET = needs("wget", package="wget")
+from xloom.router.draining import Draining, folder_of
 
 Answer = Callable[[dict[str, str], Any], tuple[int, str]]  # headers, body -> status, text
 
@@ -94,32 +95,63 @@ def test_the_hook_says_what_it_waited_for() -> None:
     assert "no token in time: " in result.stderr
 
 
-@WGET
-@pytest.mark.parametrize(
-    ("figures", "asked"),
-    [(["3.0", "12.0", "0.0"], 3), (["0.0"], 1), ([], 0)],
-    ids=["a router with requests", "an idle router", "no router"],
-)
-def test_a_pod_goes_once_its_router_has_answered(figures: list[str], asked: int) -> None:
-    container = pod_templates(render({}))["worker cpu"]["spec"]["containers"][0]
-    shell, flag, script = container["lifecycle"]["preStop"]["exec"]["command"]
-    left = list(figures)
+class Pod:
+    """The folder in which routers of a port and the script before a pod's end meet, and the script itself."""
 
-    def answer(*_: Any) -> tuple[int, str]:
-        return (200, f"# HELP\nxloom_router_in_flight {left.pop(0)}\n") if left else (404, "")
-
-    with endpoint(answer) as port:
+    def __init__(self, drain_timeout_s: float = 60) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.port: int = taken.getsockname()[1]
+        self.folder = folder_of(self.port)
+        values = {"settings": {"router": {"port": self.port}, "replicas": {"drain_timeout_s": drain_timeout_s}}}
+        lifecycle = pod_templates(render(values))["worker cpu"]["spec"]["containers"][0]["lifecycle"]
+        *self._shell, script = lifecycle["preStop"]["exec"]["command"]
         assert "sleep 5\n" in script
-        script = script.replace("sleep 5\n", "").replace("sleep 1\n", "sleep 0.05\n").replace(":8000/", f":{port}/")
-        subprocess.run([shell, flag, script], check=True, timeout=30)
-    assert len(figures) - len(left) == asked
+        self._script = script.replace("sleep 5\n", "").replace("sleep 1\n", "sleep 0.05\n")
+
+    def stop(self) -> subprocess.Popen[bytes]:
+        """What the kubelet runs."""
+        return subprocess.Popen([*self._shell, self._script])
 
 
-@WGET
+@pytest.fixture
+def pod() -> Iterator[Pod]:
+    found = Pod()
+    yield found
+    shutil.rmtree(found.folder, ignore_errors=True)
+
+
+async def test_a_pod_goes_once_each_of_its_routers_has_answered(pod: Pod) -> None:
+    """Two routers may share a pod's port, where one of them answers whoever asks there."""
+    left, told = 1, asyncio.Event()
+    router = Draining(pod.port, lambda: left, lambda asked: told.set())
+    router.start()
+    other = await asyncio.create_subprocess_exec("sleep", "60")  # another router's process
+    (pod.folder / str(other.pid)).touch()
+    stopping = pod.stop()
+    await asyncio.wait_for(told.wait(), 20)
+    left = 0
+    while (pod.folder / str(os.getpid())).exists():
+        await asyncio.sleep(0.02)
+    assert stopping.poll() is None  # for the other one
+    other.kill()
+    await other.wait()
+    assert await asyncio.to_thread(stopping.wait, 20) == 0
+    router.close()
+
+
+def test_a_pod_without_a_router_goes_at_once(pod: Pod) -> None:
+    assert pod.stop().wait(20) == 0
+    pod.folder.mkdir(parents=True)
+    (pod.folder / "999999999").touch()  # of a router that was killed
+    assert pod.stop().wait(20) == 0
+    assert not (pod.folder / "drain").exists()
+
+
 def test_a_pod_waits_no_longer_than_the_drain_timeout() -> None:
-    values = {"settings": {"replicas": {"drain_timeout_s": 1}}}
-    container = pod_templates(render(values))["worker cpu"]["spec"]["containers"][0]
-    shell, flag, script = container["lifecycle"]["preStop"]["exec"]["command"]
-    with endpoint(lambda *_: (200, "xloom_router_in_flight 1.0\n")) as port:
-        script = script.replace("sleep 5\n", "").replace(":8000/", f":{port}/")
-        subprocess.run([shell, flag, script], check=True, timeout=20)
+    pod = Pod(drain_timeout_s=1)
+    pod.folder.mkdir(parents=True)
+    (pod.folder / str(os.getpid())).touch()
+    try:
+        assert pod.stop().wait(20) == 0
+    finally:
+        shutil.rmtree(pod.folder)

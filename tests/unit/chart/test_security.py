@@ -134,14 +134,14 @@ def test_redis_password_comes_from_a_secret() -> None:
 def test_only_the_endpoint_is_open_to_others() -> None:
     policy = one(render({}), "NetworkPolicy")["spec"]
     inside, endpoint, operator = policy["ingress"]
-    own = {"app.kubernetes.io/name": "xloom", "app.kubernetes.io/instance": "xloom"}
+    own = {"app.kubernetes.io/instance": "xloom"}
     assert policy["podSelector"]["matchLabels"] == own
     assert inside["from"][0]["podSelector"]["matchLabels"] == own
     assert len(inside["from"]) == 1
     assert endpoint == {"ports": [{"protocol": "TCP", "port": 8000}]}
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
     assert [peer["podSelector"]["matchLabels"] for peer in operator["from"]] == [
-        {"app.kubernetes.io/name": "kuberay-operator"}
+        {"app.kubernetes.io/component": "kuberay-operator"}
     ]
     assert policy["policyTypes"] == ["Ingress"]
 

@@ -45,7 +45,7 @@ def _typed(value: object) -> Values:
 
 def test_each_command_of_the_walk_through_renders() -> None:
     steps = [words for words in commands("helm") if "helm/xloom" in words]
-    assert [words[1] for words in steps] == ["install", "upgrade", "upgrade", "upgrade", "upgrade"]
+    assert [words[1] for words in steps] == ["install", *["upgrade"] * 6]
     values: Values = {}
     for words in steps:
         values = given(words, values)
@@ -72,13 +72,32 @@ def test_names_in_the_walk_through_are_the_charts() -> None:
     env = one(objects, "Pod")["spec"]["containers"][0]["env"]
     [url] = [each["value"] for each in env if each["name"] == "URL"]
     assert f"service/{url.removeprefix('http://').partition(':')[0]} 8000" in DOCUMENT
-    [secret] = commands("kubectl -n serving create secret generic xloom-keys")
-    assert {word.partition("=")[2].partition("=")[0] for word in secret if word.startswith("--from")} == {
-        "api-key",
-        "admin-key",
-    }
+    for secret in commands("kubectl -n serving create secret generic xloom-keys"):
+        entries = {word.partition("=")[2].partition("=")[0] for word in secret if word.startswith("--from")}
+        assert entries == {"api-key", "admin-key"}
 
 
 def test_no_path_of_a_folder_is_named_that_is_not_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", DOCUMENT):
         assert target.startswith("https://") or (ROOT / "docs" / target).exists()
+
+
+def test_the_page_begins_with_one_command_for_a_bare_cluster_then_ones_own_model_then_gpus() -> None:
+    bare, own, gpus = [given(words, {}) for words in commands("helm") if "helm/xloom" in words][:3]
+    objects = render(bare)
+    assert {each["apiVersion"] for each in objects} <= {"v1", "ray.io/v1", "networking.k8s.io/v1"}
+    text = str(objects)
+    assert "secretKeyRef" not in text
+    assert "PersistentVolumeClaim" not in text
+    assert "ephemeral'" not in text
+    assert (own["settings"], gpus["settings"]["replicas"]["gpus"]) == ({"model": {"source": "org/model"}}, 1)
+    [doctor] = commands("xloom doctor")
+    assert "--kubernetes" in doctor
+    headings = re.findall(r"^## \d\. (.+)$", DOCUMENT, re.MULTILINE)
+    assert headings[:3] == ["The sample, on a bare cluster", "Your own model, with keys", "GPUs"]
+
+
+def test_a_key_is_changed_without_a_gap() -> None:
+    [words] = [words for words in commands("helm upgrade") if any(word.startswith("restartedAt") for word in words)]
+    values = given(words, {})
+    assert one(render(values), "RayService") != one(render({}), "RayService")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from xloom.commands.build import build_config
+from xloom.commands.checks import PYTHONS
 from xloom.protocol import XloomError
 from xloom.settings import load_settings, parse_settings
 
@@ -71,3 +73,39 @@ def test_a_key_in_the_settings_is_not_written_down() -> None:
     assert caught.value.code == "secret_in_settings"
     assert "XLOOM_ADMIN_KEY" in caught.value.cure
     assert "hush" not in str(caught.value)
+
+
+CLOUDS = ("aws", "gcp")
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_clouds_python_is_that_of_its_image_and_one_xloom_takes(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text()
+    assert len(re.findall(r"ubuntu-2404|ubuntu/server/24\.04|ubuntu-24\.04", text)) >= 2  # the head's and the workers'
+    assert not re.search(r"ubuntu-?2204|python3\.\d+ ", text)
+    venv = [line for line in read(name)["setup_commands"] if "python3 -m venv" in line]
+    assert venv
+    assert "python3-venv" in read(name)["setup_commands"][0]
+    assert PYTHONS[0] <= (3, 12) <= PYTHONS[1]  # Ubuntu 24.04's
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize(
+    ("driver", "enough"), [("580.95.05", True), ("590.1", True), ("550.54.15", False), ("", False)]
+)
+def test_a_clouds_driver_is_looked_at_before_ray_starts(name: str, driver: str, enough: bool, tmp_path: Path) -> None:
+    [check] = read(name)["worker_setup_commands"]
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n[ '{driver}' ] && echo '{driver}'\n")
+    program.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", check], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is enough
+    assert ("vLLM needs 580 or later" in done.stderr) is not enough
+
+
+def test_the_gpu_settings_name_no_folder_that_somebody_must_make() -> None:
+    """The launchers mount nothing, and their user may write to its home and /tmp alone."""
+    store = load_settings(FOLDER / "gpu.yaml", with_keys=False).store
+    for path in (store.path, store.cache):
+        assert path.startswith(("~/", "/tmp/"))

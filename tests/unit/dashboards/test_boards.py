@@ -16,10 +16,12 @@ import yaml
 from tests.programs import needs
 from xloom.observability.table import METRICS
 from xloom_dashboards import upstream
+from xloom_dashboards.alerts import ALERTS
 from xloom_dashboards.board import COLUMNS, SCHEMA, TAG, Board
 from xloom_dashboards.boards import BOARDS
 from xloom_dashboards.expressions import expressions, family, metrics_in, variables_in
 from xloom_dashboards.panel import Panel
+from xloom_dashboards.serving import A_DAY
 
 PROMTOOL = needs("promtool", package="prometheus")
 
@@ -164,7 +166,7 @@ def test_variables_are_defined_before_they_are_used_and_are_used(board: Board) -
 def test_rates_are_over_grafanas_own_interval(board: Board) -> None:
     for title, expr, _ in board.queries():
         windows = set(re.findall(r"\[([^]]*)\]", expr))
-        assert windows <= {"$__rate_interval", "$__range"}, title
+        assert windows <= {"$__rate_interval", "$__range", A_DAY}, title
 
 
 @each_board
@@ -272,3 +274,30 @@ def test_prometheus_can_read_every_expression(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}), encoding="utf-8")
     done = subprocess.run(["promtool", "check", "rules", str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_gone_is_not_shown_as_if_it_were_there() -> None:
+    """The last value of a range is that of a replica long gone; an instant query has none."""
+    for board in BOARDS:
+        for panel in panels(board):
+            if panel["type"] in ("stat", "bargauge", "table"):
+                assert all(target["instant"] for target in panel["targets"]), panel["title"]
+            elif panel["type"] == "timeseries":
+                assert "lastNotNull" not in panel["options"]["legend"]["calcs"]
+
+
+def test_a_panel_without_data_says_what_that_means() -> None:
+    shown = {panel["title"]: panel["fieldConfig"]["defaults"].get("noValue") for panel in panels(BOARDS[0])}
+    assert shown["Errors by code"] == "None until a request is refused."
+    assert shown["Requests in flight"] == "No router"
+    for title in ("Requests", "Failed requests", "Tokens out"):  # 0 is meant
+        [expr] = [query.expr for panel in BOARDS[0].panels() if panel.title == title for query in panel.queries]
+        assert expr.endswith("or vector(0))")
+
+
+def test_boards_and_alerts_reckon_failures_alike() -> None:
+    [errors] = [panel for panel in BOARDS[0].panels() if panel.title == "Failed share"]
+    scoped = [re.sub(r'SessionName=~"[^"]*",ray_io_cluster=~"[^"]*"', "SCOPE", query.expr) for query in errors.queries]
+    scoped = [expr.replace(',model=~"$model"', "").replace("$__rate_interval", "5m") for expr in scoped]
+    signals = {alert.name: alert.signal for alert in ALERTS}
+    assert scoped == [signals["XloomRequestsFailing"], signals["XloomServerErrors"]]

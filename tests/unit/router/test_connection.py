@@ -158,3 +158,80 @@ async def test_an_upgrade_is_answered_as_any_other_request() -> None:
     async with listening() as listener:
         upgrade = b"GET /refused HTTP/1.1\r\nhost: x\r\nconnection: close, upgrade\r\nupgrade: websocket\r\n\r\n"
         assert (await talk(listener, upgrade))[0] == 401
+
+
+ASK = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+
+
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """One request on a connection that may be kept; the head of its answer."""
+    writer.write(ASK)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+    await reader.readuntil(b"0\r\n\r\n")
+    return head
+
+
+async def test_an_idle_connection_is_kept_for_as_long_as_the_settings_say() -> None:
+    """Balancers reuse theirs: Amazon's within 60 s, Google's within 600 s."""
+    assert LimitSettings().keep_alive_s > 600
+    async with listening(keep_alive_s=1) as listener:
+        assert listener.server.config.timeout_keep_alive == 1
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        assert b"connection: close" not in await exchange(reader, writer)
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+
+
+async def test_a_router_that_drains_keeps_no_connection() -> None:
+    async with listening() as listener:
+        listener.keep_connections(False)
+        listener.keep_connections(False)
+        deadline = time.monotonic() + 20
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            head = await exchange(reader, writer)
+            if b"connection: close" in head:
+                assert await asyncio.wait_for(reader.read(), 20) == b""
+                writer.close()
+                break
+            writer.close()
+            assert time.monotonic() < deadline
+        listener.keep_connections(True)
+        assert b"connection" not in dict(listener.server.config.encoded_headers)
+
+
+async def test_a_listener_that_closes_lets_answers_end_in_the_time_it_is_given() -> None:
+    going = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await going.wait()
+        await send({"type": "http.response.body", "body": b"last"})
+
+    async def answer_of(listener: HttpListener, grace_s: float, *, lets: bool) -> bytes:
+        await listener.start()
+        port = listener.port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(ASK)
+        await reader.readuntil(b"first")
+        assert listener.answers == 1
+        closing = asyncio.create_task(listener.close(grace_s))
+        if lets:
+            with suppress(ConnectionError):
+                while True:  # until it takes no more
+                    _, another = await asyncio.open_connection("127.0.0.1", port)
+                    another.close()
+            going.set()
+        with suppress(ConnectionError):
+            rest = await asyncio.wait_for(reader.read(), 20)
+        await closing
+        writer.close()
+        return rest
+
+    assert b"last" in await answer_of(HttpListener(slow, "127.0.0.1", 0, LimitSettings()), 20, lets=True)
+    going.clear()
+    assert b"last" not in await answer_of(HttpListener(slow, "127.0.0.1", 0, LimitSettings()), 1, lets=False)

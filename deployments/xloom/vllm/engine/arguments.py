@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from xloom.engines.kv_size import pair_pages, token_bytes, too_few_pages
+from xloom.engines.sizing import LORA_RANKS
 from xloom.protocol import XloomError
 from xloom.vllm.engine.architecture import check_experts, check_mixtures, dtype_for, target_modules, text_config
 from xloom.vllm.engine.causes import brief, explained
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks, vLLM 0.32
 CPU_PAGE_MULTIPLE = 32  # tokens: what vLLM's CPU attention needs
 GRAPH_ROWS = 512  # vLLM captures full graphs of up to twice `max_num_seqs` rows, and no more than this
 _GRAPH_SIZES = ("cudagraph_capture_sizes", "max_cudagraph_capture_size")

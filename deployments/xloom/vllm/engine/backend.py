@@ -209,6 +209,8 @@ class VLLMBackend(LLMBackend):
         for output in outputs.outputs:
             # EngineCoreEventType.PREEMPTED events come with the request's next output; vLLM 0.32.
             self._preemptions += sum(event.type.name == "PREEMPTED" for event in output.events or ())
+        if self._metrics is not None:
+            self._metrics.began(outputs)
         scheduler = outputs.scheduler_stats
         if scheduler is None:
             return

@@ -51,12 +51,26 @@ _UNHEEDED = (
 )
 
 
+def _need_no_device() -> None:
+    """On a node without a GPU a build for GPUs finds no device, and vLLM's options can't be read without one.
+
+    As `vllm.entrypoints.cli.main` does for `vllm bench` (0.32): CPU's platform in place of none.
+    """
+    from vllm import platforms
+
+    if platforms.current_platform.is_unspecified():
+        from vllm.platforms.cpu import CpuPlatform
+
+        platforms.current_platform = CpuPlatform()
+
+
 async def open_front_end(settings: Settings, dispatcher: Dispatcher) -> VLLMFrontEnd:
     """The front end of one router. vLLM is imported here and not before: a driver only hands this function on."""
     # vLLM looks for a device as it is imported; the front end needs none.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     for name in _UNHEEDED:
         os.environ.pop(name, None)
+    _need_no_device()
     from xloom.vllm.front_end.app import build_front_end
     from xloom.vllm.front_end.core_client import RoutedCoreClient
     from xloom.vllm.front_end.engine_client import RoutedEngineClient, front_end_config
