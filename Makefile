@@ -3,11 +3,12 @@ PYTHON ?= python3
 PORT ?= 8000
 SETTINGS ?=
 TESTS ?= tests
+PARTS = $(patsubst tests,tests/unit tests/integration tests/conformance tests/e2e,$(TESTS:/=))
 INSTALL = $(PYTHON) requirements/install.py --venv $(VENV)
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve cluster test matrix chart lint format bench clean
+.PHONY: help install serve cluster test abuse matrix chart lint format bench clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
@@ -22,9 +23,19 @@ serve: install ## serve the sample, or SETTINGS=file.yaml, at PORT=8000
 cluster: install ## a Ray cluster of two nodes on this machine, serving SETTINGS (default: cluster/local.yaml)
 	@exec $(BIN)/python cluster/local_cluster.py $(SETTINGS)
 
+# Whole servers and clusters have the machine to themselves; the other tests run beside each other.
+test: ALONE = $(filter tests/e2e%,$(PARTS))
+test: BESIDE = $(filter-out $(ALONE),$(PARTS))
 test: ## run the tests (TESTS=tests/unit for a part)
 	@$(INSTALL) cpu mistralrs isq dev
-	@$(BIN)/python -m pytest $(TESTS)
+	@failed=0; \
+	$(if $(BESIDE),$(BIN)/python -m pytest -n 2 --dist loadfile $(BESIDE) || failed=1;) \
+	$(if $(ALONE),$(BIN)/python -m pytest $(ALONE) || failed=1;) \
+	exit $$failed
+
+abuse: ## hostile requests beside good streams, for some minutes
+	@$(INSTALL) cpu mistralrs isq dev
+	@ABUSE_ROUNDS=10 $(BIN)/python -m pytest tests/e2e/tiny/test_abuse.py
 
 matrix: ## test each combination of extras in an environment of its own (long)
 	@$(INSTALL) cpu mistralrs isq dev

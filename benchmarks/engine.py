@@ -140,9 +140,10 @@ def measure_routing(prepared: Path, repeats: int = 200) -> dict[int, tuple[float
     import torch
 
     from xloom.mixtures.routing import Routing
-    from xloom.vllm.plugin.gates import SlotRouting, SlotRows
+    from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows
 
     routing = SlotRouting(Routing.load(prepared))
+    BATCH.linears = {number: [name] for number, name in enumerate(routing.routing.modules)}
     found = {}
     for tokens in (1, 16, 64, 256):
         hidden = torch.randn(tokens, routing.routing.hidden_size)

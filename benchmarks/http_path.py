@@ -95,8 +95,9 @@ def _serve(path: str, port: int) -> None:
         class Own:
             async def __init__(self) -> None:  # type: ignore[misc]
                 from xloom.router.listener import HttpListener
+                from xloom.settings import LimitSettings
 
-                self._listener = HttpListener(stream, "127.0.0.1", port)
+                self._listener = HttpListener(stream, "127.0.0.1", port, "http_path", LimitSettings())
                 self._listener.server.config.lifespan = "off"
                 await self._listener.start()
 

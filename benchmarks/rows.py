@@ -7,6 +7,7 @@ costs more than its pass. Engines are up side by side and measured in turn, roun
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -170,13 +171,15 @@ class Case(NamedTuple):
 def measure(engines: list[Engine], cases: dict[str, Case], rounds: int, *, prompt: int, new: int, label: str) -> Found:
     """Each case, with the figures of what it is held against kept beside its own as `against: FIGURE`."""
     found: Found = {engine.name: {} for engine in engines}
+    seeds = itertools.count()  # each burst has prompts of its own: none finds another's in the prefix cache
     for turn in track(range(-1, rounds), label, console=console):
         for case, (kinds, against) in cases.items():
             for engine in engines if turn % 2 else reversed(engines):
                 if not {*kinds} - {"base"} <= {*engine.adapters}:
                     continue
-                alone = engine.run(kinds=against, prompt=prompt, new=new if turn >= 0 else 8, seed=turn)
-                answer = engine.run(kinds=kinds, prompt=prompt, new=new if turn >= 0 else 8, seed=turn)
+                count = new if turn >= 0 else 8
+                alone = engine.run(kinds=against, prompt=prompt, new=count, seed=next(seeds))
+                answer = engine.run(kinds=kinds, prompt=prompt, new=count, seed=next(seeds))
                 if turn < 0:
                     continue
                 figures = found[engine.name].setdefault(case, {})
@@ -236,7 +239,7 @@ def main() -> None:
         epilog="example: python -m benchmarks.rows --before ../xloom-0.1/deployments --json rows.json",
     )
     parser.add_argument("--before", type=Path, help="the package's folder in another version's tree")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each case (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each case (%(default)s)")
     parser.add_argument("--only", choices=["large", "sample"], help="one of the two models")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
@@ -252,7 +255,7 @@ def main() -> None:
                 linears = {name: size for name, size in linear_modules(str(model)).items() if name != "lm_head"}
                 bundle = write_bundle(work / "bundle", linears)
                 adapter = write_adapter(work / "one", linears, EXPERTS * RANK)
-                total, new, vocabulary = 16, 64, SHAPE["vocab_size"]
+                total, new, vocabulary = 16, 40, SHAPE["vocab_size"]
                 extra = {"load_format": "dummy", "skip_tokenizer_init": True}
             else:
                 model, bundle, adapter = SAMPLE / "base", SAMPLE / "blend", SAMPLE / "adapters" / "code"
@@ -273,7 +276,7 @@ def main() -> None:
             ]
             cases = cases_of(total)
             try:
-                found = measure(engines, cases, arguments.rounds, prompt=128, new=new, label=which)
+                found = measure(engines, cases, arguments.rounds, prompt=32, new=new, label=which)
             finally:
                 for engine in engines:
                     engine.close()

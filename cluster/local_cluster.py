@@ -126,7 +126,10 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1, help="of each node (this machine's)")
     options = parser.parse_args()
-    with console.status(f"Starting {options.nodes} nodes") as status, LocalCluster(options.nodes, options.cpus) as made:
+    names = ("XLOOM_API_KEY", "XLOOM_ADMIN_KEY")
+    keys = {name: os.environ.get(name) or secrets.token_urlsafe(32) for name in names}
+    cluster = LocalCluster(options.nodes, options.cpus, **keys)
+    with console.status(f"Starting {options.nodes} nodes") as status, cluster as made:
         status.update("Deploying")
         try:
             said = made.deploy(options.settings.resolve())
@@ -136,12 +139,14 @@ def main() -> int:
         status.stop()
         served = [line for line in said.splitlines() if line.startswith("Serving ")][-1]
         token = made.folder / "token"
-        token.touch(mode=0o600)
-        token.write_text(made.environment["RAY_AUTH_TOKEN"], encoding="ascii")
+        for file, secret in {"token": made.environment["RAY_AUTH_TOKEN"], **keys}.items():
+            (made.folder / file).touch(mode=0o600)
+            (made.folder / file).write_text(secret, encoding="utf-8")
         lines = (
             served,
             f"Ray is at {made.address}, its dashboard at {made.dashboard}. For commands in another shell:",
             f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}",
+            f"export {' '.join(f'{name}=$(cat {made.folder / name})' for name in names)}",
             "Ctrl-C ends it.",
         )
         console.print("\n".join(lines), highlight=False, soft_wrap=True)

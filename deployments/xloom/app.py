@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from xloom.adapters.limits import Limits
 from xloom.adapters.manifest import Entry
+from xloom.adapters.source_rules import SourceRules, check_prefixes
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
 from xloom.observability.logs import serve_logging
 from xloom.protocol import Overrides, XloomError
+from xloom.router.exposure import check_exposure
 from xloom.settings import Settings, parse_settings
+from xloom.vllm.front_end.argument_table import check_names
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -47,8 +51,11 @@ def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: P
 
     from xloom.replica.actor import EngineReplica
     from xloom.router.deployment import Router
+    from xloom.router.keys import Keys, without_keys
     from xloom.vllm.front_end import open_front_end
 
+    # Serve keeps the arguments of its deployments, and shows them.
+    keys, settings = Keys.of(settings.router), without_keys(settings)
     token = secrets.token_urlsafe(32)
     replicas = settings.replicas
     policy = {
@@ -99,7 +106,28 @@ def build(settings: Settings, store: StoreClient, max_lora_rank: int, placing: P
         + _KILL_MARGIN_S,  # a stream may last as long as a replica's
         logging_config=serve_logging(settings.observability.logs),
     )
-    return router.bind(engines, settings, token, max_lora_rank, store, open_front_end)
+    return router.bind(engines, settings, token, max_lora_rank, store, open_front_end, keys, run_time_rules(settings))
+
+
+def check(settings: Settings) -> None:
+    """Raise `XloomError` for what can be refused before anything starts."""
+    backend_for(settings)
+    traces.require(settings.observability.traces)
+    check_exposure(settings.router)
+    check_names(settings.router.front_end_args)
+    check_prefixes(settings.store.sources)
+
+
+def own_rules(settings: Settings) -> SourceRules:
+    """For what the settings name themselves: any source, within `store.limits`."""
+    given = settings.store.limits
+    return SourceRules(limits=Limits(given.files, given.bytes, given.depth, given.seconds, given.stall_s))
+
+
+def run_time_rules(settings: Settings) -> SourceRules:
+    """Which sources may be added at run time: those of `store.sources`, and what the settings name themselves."""
+    named = [entry.location for entry in (*settings.adapters, *settings.xlora)]
+    return replace(own_rules(settings), allowed=(*settings.store.sources, *named))
 
 
 def for_stored(settings: Settings, entries: tuple[Entry, ...]) -> Settings:
@@ -138,12 +166,27 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
         logs=settings.observability.logs,
         stuck_timeout_s=settings.replicas.stuck_timeout_s,
     )
+    rules = own_rules(settings)
     for adapter in settings.adapters:
-        await store.add(adapter.name, adapter.source, "lora", replace=True, verify=adapter.verify, configured=True)
-    for bundle in settings.xlora:
-        overrides = Overrides.of(bundle)
         await store.add(
-            bundle.name, bundle.source, "xlora", overrides, replace=True, verify=bundle.verify, configured=True
+            adapter.name,
+            adapter.location,
+            "lora",
+            replace=True,
+            verify=adapter.verify,
+            configured=True,
+            rules=rules,
+        )
+    for bundle in settings.xlora:
+        await store.add(
+            bundle.name,
+            bundle.location,
+            "xlora",
+            Overrides.of(bundle),
+            replace=True,
+            verify=bundle.verify,
+            configured=True,
+            rules=rules,
         )
     await store.prune([entry.name for entry in (*settings.adapters, *settings.xlora)])
     return store, await store.entries()
@@ -155,8 +198,7 @@ def application(args: dict[str, Any]) -> Application:
     Called by Serve on the cluster. Keys come from the environment there, never from `args`. Raises `XloomError`.
     """
     settings = parse_settings(args)
-    backend_for(settings)
-    traces.require(settings.observability.traces)
+    check(settings)
     store, entries = asyncio.run(open_adapters(settings))
     settings = for_stored(settings, entries)
     return build(settings, store, lora_rank(settings, entries), Placing(settings.replicas.cpus, loopback=False))

@@ -79,7 +79,8 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 
 def _endpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=DEFAULT_URL, help=f"the endpoint (default: {DEFAULT_URL})")
-    parser.add_argument("--admin-key", help="its key, where it has one (default: XLOOM_ADMIN_KEY, else XLOOM_API_KEY)")
+    text = "its key, where it has one (default: XLOOM_ADMIN_KEY, else XLOOM_API_KEY)"
+    parser.add_argument("--admin-key", "--api-key", dest="admin_key", help=text)
     _json_option(parser)
 
 

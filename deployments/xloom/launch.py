@@ -24,7 +24,9 @@ from xloom.observability.logs import serve_logging
 from xloom.preflight import refuse
 from xloom.processes import end_marked
 from xloom.protocol import XloomError
-from xloom.settings import Settings
+from xloom.router.exposure import is_loopback
+from xloom.router.port_claim import check_free
+from xloom.settings import Settings, forget_keys
 from xloom.stages import Stages
 from xloom.start import start
 
@@ -138,17 +140,34 @@ class Cluster:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def with_own_folder(settings: Settings, folder: Path) -> Settings:
+    """Settings by which what lies below the folder `xloom serve` was started in may be added at run time.
+
+    For an endpoint of this machine alone, unless `store.sources` says otherwise.
+    """
+    store = settings.store
+    if "sources" in store.model_fields_set or not is_loopback(settings.router.host) or folder == Path(folder.root):
+        return settings
+    wider = store.model_copy(update={"sources": [*store.sources, str(folder)]})
+    return settings.model_copy(update={"store": wider})
+
+
 def serve_forever(settings: Settings) -> None:
     """Serve until interrupted, then stop all that was started. Raises `XloomError`."""
+    cluster, store = Cluster(settings), None
+    if cluster.is_local:
+        settings = with_own_folder(settings, Path.cwd())
     with Stages(console) as stages:
         stages.begin("Checking settings")
         refuse(settings)
+        if cluster.is_local and settings.router.port:
+            check_free(settings.router.host, settings.router.port)  # a router finds it out after the engine's start
+    forget_keys()  # the settings have them; Ray's processes would inherit them
     stop = threading.Event()
     previous = {
         each: signal.signal(each, lambda number, frame: _interrupt(stop, frame))
         for each in (signal.SIGINT, signal.SIGTERM)
     }
-    cluster, store = Cluster(settings), None
     try:
         with Stages(console) as stages:
             stages.begin("Starting Ray")

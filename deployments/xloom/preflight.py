@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xloom.adapters.source_rules import check_prefixes
 from xloom.engines.kv_size import NULL_PAGES, pair_pages, too_few_pages
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
 from xloom.protocol import XloomError
+from xloom.router.exposure import check_exposure
 from xloom.settings import ModelSettings, Settings
+from xloom.vllm.front_end.argument_table import check_names
 
 CPU_PAGE_MULTIPLE = 32  # tokens: as xloom.vllm.engine.arguments rounds a page on CPU
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -143,6 +146,21 @@ def check_traces(settings: Settings) -> None:
     traces.require(settings.observability.traces)
 
 
+def check_front_end(settings: Settings) -> None:
+    """Raise `XloomError` (unknown_front_end_argument)."""
+    check_names(settings.router.front_end_args)
+
+
+def check_endpoint(settings: Settings) -> None:
+    """Raise `XloomError` for keys that do not suit the endpoint's address: endpoint_without_keys, one_key_for_both."""
+    check_exposure(settings.router)
+
+
+def check_sources(settings: Settings) -> None:
+    """Raise `XloomError` (invalid_settings) for a prefix under which no source could lie."""
+    check_prefixes(settings.store.sources)
+
+
 CHECKS: tuple[Callable[[Settings], None], ...] = (
     check_backend,
     check_model,
@@ -151,6 +169,9 @@ CHECKS: tuple[Callable[[Settings], None], ...] = (
     check_arguments,
     check_quantisation,
     check_traces,
+    check_front_end,
+    check_endpoint,
+    check_sources,
 )
 
 

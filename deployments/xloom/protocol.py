@@ -118,6 +118,8 @@ class TokenChunk(msgspec.Struct, array_like=True, omit_defaults=True):
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first chunk
+    queued_us: int = 0  # microseconds the request waited in the engine; set on the first chunk
+    preemptions: int = 0  # times its pages were taken since its last chunk
 
 
 class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -25,7 +25,9 @@ from xloom.settings_file import read_settings_file, with_paths, with_variables
 
 SAMPLE = Path(__file__).parent / "sample"
 GREATEST = 2**31 - 1  # of any whole number here
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # no path parts, by construction
+# A name, or org/name as on the hub: a slash, and still nothing that leads anywhere as a path.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
+FOLDER_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$"
 
 MixingMode = Literal["additive", "concatenate", "gated"]
 IsqMethod = Literal["awq", "gptq", "rtn", "smoothquant"]
@@ -83,6 +85,13 @@ class EngineSettings(_Section):
     max_lora_rank: Literal["auto"] | Rank = "auto"  # a bundle's rank is the sum of its adapters' ranks
     extra_args: dict[str, Any] = {}  # any other engine argument, passed through
 
+    @field_validator("extra_args")
+    @classmethod
+    def _no_secret(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(arguments.get("hf_token"), str):
+            raise ValueError("hf_token would lie in clear with the deployment: set HF_TOKEN where Ray runs")
+        return arguments
+
 
 class IsqSettings(_Section):
     """In-situ quantisation of the base model's weights at load; the names and defaults of ADR-008's `IsqConfig`."""
@@ -100,7 +109,22 @@ class AdapterSettings(_Section):
 
     name: str = Field(pattern=NAME_PATTERN)
     source: str  # local folder, hub id, or fsspec URL
+    subfolder: str | None = Field(None, pattern=FOLDER_PATTERN)  # of the source, where the adapter lies
     verify: bool = False  # a replica proves it before serving it: docs/check.md
+
+    @property
+    def location(self) -> str:
+        """Source and sub-folder as one address, as the store reads it."""
+        source, folder = self.source, self.subfolder
+        if folder is None:
+            return source
+        if source.startswith(("/", ".", "~")) or ("://" not in source and Path(source).is_dir()):
+            return f"{source.rstrip('/')}/{folder}"
+        scheme, separator, _ = source.partition("://")
+        if separator and scheme != "hf":
+            return f"{source.rstrip('/')}/{folder}"
+        repository, at, revision = source.removeprefix("hf://").partition("@")
+        return f"hf://{repository.rstrip('/')}/{folder}{at}{revision}"
 
 
 class XLoraSettings(AdapterSettings):
@@ -148,10 +172,11 @@ class LimitSettings(_Section):
     token_ids: int = Field(300_000, ge=1)  # of all prompts of a request
     prompt_characters: int = Field(524_288, ge=1)  # text of all prompts or messages of a request
     prompts: int = Field(128, ge=1)  # or conversations, of one request
-    messages: int = Field(1024, ge=1)
+    messages: int = Field(512, ge=1)
     n: int = Field(128, ge=1)  # answers to a prompt
     sequences: int = Field(512, ge=1)  # prompts times n
     logprobs: int = Field(128, ge=0)  # candidates of one token
+    logprob_values: int = Field(65_536, ge=0)  # of prompts, or of several sequences, in one answer
     stop_strings: int = Field(64, ge=0)  # and as many bad words
     stop_characters: int = Field(1024, ge=1)  # of one of them
     logit_bias: int = Field(1024, ge=0)
@@ -170,7 +195,8 @@ class RouterSettings(_Section):
     max_per_node: int | None = Field(None, ge=1, le=100)  # of these on one Ray node; None: as many as fit
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # Ray resources of a router, which keep it where they are
     api_key: SecretStr | None = None  # or XLOOM_API_KEY
-    admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; guards the adapter routes
+    admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; without it nobody changes adapters
+    allow_anonymous: bool = False  # start without an API key at an address that others reach
     front_end_args: dict[str, Any] = {}  # options of vLLM's OpenAI front end: chat_template, tool_call_parser, ...
     limits: LimitSettings = LimitSettings()
 
@@ -185,12 +211,33 @@ class RouterSettings(_Section):
         return key
 
 
+class SourceLimits(_Section):
+    """The most that one source may bring in."""
+
+    files: int = Field(2000, ge=1)
+    bytes: int = Field(8 * 2**30, ge=1)  # of all its files
+    depth: int = Field(8, ge=0)  # folders in folders
+    seconds: float = Field(600, gt=0)
+    stall_s: float = Field(30, gt=0)  # seconds without a byte
+
+
 class StoreSettings(_Section):
-    """The adapter store's folders."""
+    """The adapter store's folders, and what may be added to it at run time."""
 
     path: str = "~/.cache/xloom/store"  # manifest and prepared adapters; must outlive the actor
     cache: str = "~/.cache/xloom/nodes"  # node-local copies
     max_rank: Rank = 256  # of one adapter, or of a bundle's sum
+    # Prefixes of sources that may be added at run time, beside those that `adapters` and `xlora` name.
+    sources: list[str] = ["hf://"]
+    limits: SourceLimits = SourceLimits()
+
+    @field_validator("sources")
+    @classmethod
+    def _prefixes(cls, prefixes: list[str]) -> list[str]:
+        for prefix in prefixes:
+            if not prefix.startswith(("/", "~")) and re.match(r"[a-z][a-z0-9+.-]*://", prefix) is None:
+                raise ValueError(f"{prefix!r} is neither a folder (/… or ./…) nor a URL (hf://org, s3://bucket/path)")
+        return prefixes
 
 
 class LogSettings(_Section):
@@ -333,6 +380,12 @@ def parse_settings(data: dict[str, Any], *, with_keys: bool = True, folder: Path
 def _secret(variable: str) -> SecretStr | None:
     value = os.environ.get(variable)
     return SecretStr(value) if value else None
+
+
+def forget_keys() -> None:
+    """Take the endpoint's keys out of this process's environment, so that what it starts does not get them."""
+    for variable in ("XLOOM_API_KEY", "XLOOM_ADMIN_KEY"):
+        os.environ.pop(variable, None)
 
 
 def client_key() -> str | None:

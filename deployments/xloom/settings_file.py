@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,11 +147,16 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     elsewhere than the command that read them.
     """
 
+    def is_ours(name: str, value: str) -> bool:
+        # The name of a source that has no dot in front may be the hub's, and is a folder's if there is one.
+        is_folder = name == "source" and value.strip() != "" and os.path.isdir(folder / value)
+        return value.startswith(".") or is_folder or _is_text_file(name, value)
+
     def resolve(entry: Any, *names: str) -> Any:
         if not isinstance(entry, dict):
             return entry
         found = {name: entry[name] for name in names if isinstance(entry.get(name), str)}
-        ours = {name: value for name, value in found.items() if value.startswith(".") or _is_text_file(name, value)}
+        ours = {name: value for name, value in found.items() if is_ours(name, value)}
         return entry | {name: str((folder / value).resolve()) for name, value in ours.items()}
 
     made = dict(data)
@@ -159,6 +165,10 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             made[section] = [resolve(entry, *names) for entry in data[section]]
         elif section in data:
             made[section] = resolve(data[section], *names)
+    store = made.get("store")
+    if isinstance(store, dict) and isinstance(store.get("sources"), list):
+        prefixes = [resolve({"source": prefix}, "source")["source"] for prefix in store["sources"]]
+        made["store"] = store | {"sources": prefixes}
     router = made.get("router")
     if isinstance(router, dict) and "front_end_args" in router:
         made["router"] = router | {"front_end_args": resolve(router["front_end_args"], "chat_template")}

@@ -54,7 +54,7 @@ class Served:
         command = [str(Path(sys.executable).with_name("xloom")), "serve"]
         if settings is not None:
             file = folder / "settings.yaml"
-            stores = {"path": str(folder / "store"), "cache": str(folder / "cache")}
+            stores = {"path": str(folder / "store"), "cache": str(folder / "cache"), "sources": ["hf://", "/"]}
             keys = {"api_key": API_KEY, "admin_key": ADMIN_KEY}
             file.write_text(yaml.safe_dump({"store": stores, "router": keys} | settings))
             command.append(str(file))

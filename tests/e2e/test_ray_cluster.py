@@ -37,7 +37,7 @@ class Site:
 
     def __init__(self, folder: Path, weights: Weights) -> None:
         self._weights, self._folder = weights, folder
-        self.stores = {"path": str(folder / "store"), "cache": str(folder / "cache")}
+        self.stores = {"path": str(folder / "store"), "cache": str(folder / "cache"), "sources": ["/"]}
         (folder / "checkout").mkdir()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XLOOM_"))}
         self.reader = Reader(folder / "checkout", inherited | KEYS)

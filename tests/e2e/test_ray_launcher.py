@@ -138,6 +138,7 @@ def test_ray_up_and_ray_submit(machines: Machines, weights: Weights, oracle: Ora
     served = re.search(r"Serving base, alpha, beta, blend at port (\d+)", said)
     assert served is not None, said
     assert int(served[1]) == port
+    assert httpx.get(f"http://127.0.0.1:{port}/xloom/status", timeout=30, trust_env=False).status_code == 401
     headers = {"Authorization": f"Bearer {API_KEY}"}
     status = httpx.get(f"http://127.0.0.1:{port}/xloom/status", headers=headers, timeout=30, trust_env=False).json()
     assert len(status["replicas"]) == 1

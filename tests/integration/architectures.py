@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ os.environ |= {
 }
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models import HIDDEN, adapters_for, load_model, peft_greedy, peft_logits, peft_xlora, tiny_bundle, tiny_model
 from xloom.mixtures.modules import linear_modules
@@ -79,10 +81,38 @@ def served(architecture: str, folder: Path) -> dict[str, Any]:
             "effect": (wanted - plain).abs().max().item(),
         }
     runs = config.model_config.registry.resolve_model_cls(config.model_config.architectures, config.model_config)
+    refusals = refused(config, model, folder / "damaged")
     del engine
     gc.collect()
     cleanup_dist_env_and_memory()
-    return {"architecture": architecture, "class": runs[0].__name__, "answers": report}
+    return {"architecture": architecture, "class": runs[0].__name__, "answers": report, "refused": refusals}
+
+
+def refused(config: Any, model: Path, damaged: Path) -> dict[str, str]:
+    """What vLLM says of the checkpoint without one of its tensors, by the tensor: a linear, another, and a norm."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model
+
+    weights = load_file(model / "model.safetensors")
+    names = sorted(name for name in weights if ".1." in name and name.endswith(".weight"))
+    chosen = [
+        next(name for name in names if "k_proj" in name or "qkv" in name or "query_key_value" in name),
+        next(name for name in names if "down_proj" in name or "fc2" in name or "4h_to_h" in name or "c_proj" in name),
+        next(name for name in names if "norm" in name or "ln_" in name),
+    ]
+    shutil.copytree(model, damaged)
+    config.model_config.model = str(damaged)
+    said = {}
+    for name in chosen:
+        save_file({each: tensor for each, tensor in weights.items() if each != name}, damaged / "model.safetensors")
+        config.compilation_config.static_forward_context.clear()
+        try:
+            with set_current_vllm_config(config):
+                get_model(vllm_config=config)
+            said[name] = ""
+        except ValueError as error:
+            said[name] = str(error)
+    return said
 
 
 def asked(model: Path, bundle: Path) -> dict[str, tuple[list[int], torch.Tensor, torch.Tensor]]:

@@ -40,3 +40,12 @@ def test_the_mixture_gives_pefts_tokens_and_log_probabilities(
         assert answer["equal"], name
         assert answer["apart"] < 1e-3, name
         assert (answer["effect"] > 0.05) == name.startswith("mixture")
+
+
+@pytest.mark.parametrize("architecture", HERE)
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(reports: dict[str, dict[str, Any]], architecture: str) -> None:
+    # The whole checkpoint was taken, tied heads and all: else there would be no answers above.
+    refused = reports[architecture]["refused"]
+    assert len(refused) == 3
+    for name, said in refused.items():
+        assert "not initialized from" in said, name

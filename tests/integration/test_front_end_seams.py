@@ -19,10 +19,11 @@ from starlette.datastructures import State
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
+from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
@@ -49,7 +50,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics import ray_wrappers
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
-from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
+from vllm.v1.metrics.stats import PrefillStats, PrefixCacheStats, SchedulerStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
@@ -61,7 +62,7 @@ from xloom.vllm import front_end
 from xloom.vllm.front_end.app import ServedModels, build_front_end, coded_error_response
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.engine_client import _SHARED_ARGS, RequestError, RoutedEngineClient, front_end_config
-from xloom.vllm.metrics import _UNKNOWN_TO_ROUTERS, RequestStatLogger
+from xloom.vllm.metrics import _UNKNOWN_TO_ROUTERS, LEFT_OUT, RequestStatLogger
 
 # What `AsyncLLM` asks of its core client besides, in methods that no route of ours reaches.
 UNREACHED = {
@@ -109,6 +110,7 @@ SIGNATURES: dict[Any, list[str]] = {
     RayPrometheusStatLogger.record_sleep_state: ["self", "sleep", "level"],
     RayPrometheusStatLogger.log_engine_initialized: ["self"],
     ray_wrappers._get_replica_id: [],
+    PrefixCacheStats.record: ["self", "num_tokens", "num_hits", "preempted", "hits_by_source"],
 }
 
 # Made by position, or read and set by name.
@@ -126,7 +128,7 @@ FIELDS: dict[type, set[str]] = {
     EngineCoreOutput: {"finish_reason", "stop_reason", "new_logprobs", "new_prompt_logprobs_tensors",
                        "prefill_stats", "events"},
     EngineCoreOutputs: {"outputs", "scheduler_stats"},
-    SchedulerStats: {"num_running_reqs", "num_waiting_reqs", "kv_cache_usage"},
+    SchedulerStats: {"num_running_reqs", "num_waiting_reqs", "kv_cache_usage", "prefix_cache_stats"},
     SamplingParams: {"_eos_token_id", "_all_stop_token_ids", "_bad_words_token_ids"},
     StructuredOutputsParams: {"json", "regex", "choice", "grammar", "structural_tag", "disable_any_whitespace"},
     ErrorResponse: {"error"},
@@ -135,6 +137,8 @@ FIELDS: dict[type, set[str]] = {
     ModelCard: {"id", "root", "parent", "owned_by", "max_model_len"},
     VllmConfig: {"model_config", "lora_config", "structured_outputs_config"},
     LoRAConfig: {"max_lora_rank", "max_loras"},
+    StructuredOutputsConfig: {"backend", "disable_any_whitespace"},
+    FrontendArgs: {"enable_auto_tool_choice", "tool_call_parser"},
     AsyncEngineArgs: {"model", "revision", "served_model_name", "max_model_len", "dtype", *_SHARED_ARGS},
 }  # fmt: skip
 
@@ -234,7 +238,9 @@ def test_an_error_of_ours_passes_as_it_is() -> None:
 
 def test_statistics_have_the_parts_that_are_replaced() -> None:
     assert {"_gauge_cls", "_counter_cls", "_histogram_cls"} <= set(vars(RayPrometheusStatLogger))
+    assert {"_gauge_cls", "_counter_cls", "_histogram_cls"} <= set(vars(PrometheusStatLogger))
     source = inspect.getsource(PrometheusStatLogger.__init__)
+    assert [name for name in LEFT_OUT if f'name="{name}"' not in source] == []
     assert [name for name in (*_UNKNOWN_TO_ROUTERS, "gauge_lora_info") if f"self.{name}" not in source] == []
     # Only without one of its kind does the manager add its own, which is why both are named.
     assert "isinstance(global_stat_logger, PrometheusStatLogger)" in inspect.getsource(StatLoggerManager)

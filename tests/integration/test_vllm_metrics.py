@@ -14,11 +14,12 @@ from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutpu
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, until
 from tests.models import tiny_model
 from xloom.observability import table
 from xloom.observability.recorder import RECORDER, Recorder
 from xloom.observability.table import Kind, Metric
+from xloom.protocol import TokenChunk, TokenRequest
 from xloom.replica.server import ReplicaServer
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
@@ -26,7 +27,7 @@ from xloom.router.traffic import Traffic
 from xloom.settings import Settings, parse_settings
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.engine_client import RoutedEngineClient, front_end_config
-from xloom.vllm.metrics import RequestStatLogger, SchedulerStatLogger
+from xloom.vllm.metrics import LEFT_OUT, RequestStatLogger, SchedulerStatLogger, ScrapedStatLogger
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -47,8 +48,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 class Router:
     """A router's engine client over one replica with a fake engine."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.recorder, self.backend = Recorder(), FakeBackend(step_s=0.001)
+    def __init__(self, settings: Settings, backend: FakeBackend | None = None) -> None:
+        self.recorder, self.backend = Recorder(), backend or FakeBackend(step_s=0.001)
         self.server = ReplicaServer(self.backend, "one", "secret")
         self.infos: list[ReplicaInfo] = []
         traffic = Traffic(self.recorder, settings.model.served_name)
@@ -85,8 +86,9 @@ async def router(settings: Settings) -> AsyncIterator[Router]:
 
 
 async def test_a_router_tells_of_requests_to_both_exporters(router: Router) -> None:
-    loggers = router.engine.logger_manager.stat_loggers
-    assert {type(each) for each in loggers} >= {PrometheusStatLogger, RequestStatLogger}
+    kinds = {type(each) for each in router.engine.logger_manager.stat_loggers}
+    assert kinds >= {ScrapedStatLogger, RequestStatLogger}
+    assert PrometheusStatLogger not in kinds
     before = value("vllm_generation_tokens", "counter", "router")
     await router.generate("r1", max_tokens=6)
     await asyncio.sleep(0)  # the last step is recorded after its tokens are handed out
@@ -104,8 +106,40 @@ async def test_a_router_is_silent_on_what_only_replicas_know(router: Router) -> 
     await router.generate("r1", max_tokens=3)
     for name in ("vllm_num_requests_running", "vllm_num_requests_waiting", "vllm_kv_cache_usage_perc"):
         assert value(name, "gauge", "router") == 0
-    for name in ("vllm_request_queue_time_seconds", "vllm_request_prefill_time_seconds", "vllm_iteration_tokens_total"):
-        assert value(name, "histogram", "router") == 0
+    assert value("vllm_iteration_tokens_total", "histogram", "router") == 0
+
+
+class Delayed(FakeBackend):
+    """Says of each request's first chunk that it waited 2 s, was preempted once, and found 2 tokens in the cache."""
+
+    def _next(self, request: TokenRequest) -> TokenChunk:
+        chunk = super()._next(request)
+        if len(self.tokens.get(request.request_id, ())) == len(request.prompt_token_ids) + 1:
+            chunk.queued_us, chunk.preemptions, chunk.num_cached_tokens = 2_000_000, 1, 2
+        return chunk
+
+
+async def test_metrics_of_a_router_are_right_or_left_out(settings: Settings) -> None:
+    router = Router(settings, Delayed(step_s=0.001))
+    await router.start()
+    try:
+        await router.generate("r1", max_tokens=3)
+        await until(lambda: sample("prefix_cache_queries_total") > 0)  # with the replica's next report
+        assert sample("prefix_cache_queries_total") == 3
+        assert sample("prefix_cache_hits_total") == sample("prompt_tokens_cached_total") == 2
+        assert sample("num_preemptions_total") == sample("request_num_preemptions_sum") == 1
+        assert sample("request_queue_time_seconds_sum") == pytest.approx(2)
+        exported = {sample.name for metric in REGISTRY.collect() for sample in metric.samples}
+        assert not {name for name in exported if name.startswith(tuple(LEFT_OUT | {"vllm:cache_config_info"}))}
+    finally:
+        await router.close()
+
+
+def sample(name: str) -> float:
+    """What /metrics has of a metric of vLLM's."""
+    found = REGISTRY.get_sample_value(f"vllm:{name}", {"engine": "0", "model_name": "sample"})
+    assert found is not None, name
+    return found
 
 
 async def test_a_stop_string_is_a_stop_and_a_client_that_leaves_an_abort(router: Router) -> None:

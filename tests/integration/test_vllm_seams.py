@@ -15,6 +15,8 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
@@ -46,6 +48,15 @@ def test_a_vllm_that_xloom_did_not_start_is_untouched() -> None:
     wrapper, ours = done.stdout.strip().splitlines()[-1].split()
     assert wrapper == "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
     assert ours == "False"
+
+
+def test_the_loader_reads_and_fills_where_the_ledger_looks() -> None:
+    activate()
+    load = DefaultModelLoader.load_weights
+    source = inspect.getsource(inspect.unwrap(load))
+    assert inspect.unwrap(load) is not load
+    assert "loaded_weights = model.load_weights(self.get_all_weights(model_config, model))" in source
+    assert "self.load_weights(model, model_config)" in inspect.getsource(BaseModelLoader.load_model)
 
 
 def test_activated_it_names_our_wrapper() -> None:

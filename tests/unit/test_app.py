@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from xloom.adapters.manifest import Entry
-from xloom.app import for_stored
+from xloom.app import Placing, application, build, for_stored
 from xloom.protocol import XloomError
 from xloom.settings import Settings
 
@@ -36,3 +36,37 @@ def test_bundles_left_in_the_store_are_refused_by_name_for_a_backend_without_mix
     with pytest.raises(XloomError, match=r"'blend'.*X-LoRA") as caught:
         for_stored(settings(backend="mistralrs"), (BUNDLE,))
     assert caught.value.code == "unsupported_by_backend"
+
+
+@pytest.mark.parametrize(
+    ("sections", "code"),
+    [
+        ({"router": {"host": "0.0.0.0"}}, "endpoint_without_keys"),
+        ({"router": {"front_end_args": {"ssl_certfile": "cert.pem"}}}, "unknown_front_end_argument"),
+        ({"store": {"sources": ["local:///models"]}}, "invalid_settings"),
+    ],
+)
+def test_a_cluster_refuses_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], code: str
+) -> None:
+    monkeypatch.delenv("XLOOM_API_KEY", raising=False)
+    with pytest.raises(XloomError) as caught:
+        application(sections)
+    assert caught.value.code == code
+
+
+def test_no_deployment_is_given_a_key_and_a_replica_not_even_its_digest() -> None:
+    pytest.importorskip("ray")
+    router = {"api_key": "the-users-key", "admin_key": "the-admins-key"}
+    built: Any = build(Settings.model_validate({"router": router}), cast(Any, None), 8, Placing(1, True))
+    given = {}
+    while built is not None:
+        config = built._bound_deployment._replica_config  # Ray 2.60
+        given[built._bound_deployment.name] = config.serialized_init_args + config.serialized_init_kwargs
+        built = next((each for each in config.init_args if hasattr(each, "_bound_deployment")), None)
+    assert set(given) == {"router", "engine"}
+    for arguments in given.values():
+        assert b"the-users-key" not in arguments
+        assert b"the-admins-key" not in arguments
+    assert b"KeyDigest" in given["router"]
+    assert b"KeyDigest" not in given["engine"]

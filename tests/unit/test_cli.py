@@ -230,6 +230,22 @@ def test_the_endpoints_own_error_code_reaches_the_user(
     assert "--admin-key" in printed
 
 
+def test_the_key_that_is_asked_for_is_the_one_the_route_needs(
+    endpoint: FakeEndpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = {"message": "An API key is needed.", "type": "authentication_error", "code": "invalid_api_key"}
+    for method, path, arguments, named in (
+        ("GET", "/xloom/status", ["status"], "api"),
+        ("GET", "/v1/models", ["generate", "Hello"], "api"),
+        ("POST", "/v1/load_lora_adapter", ["adapters", "add", "code", "hf://org/code"], "admin"),
+    ):
+        endpoint.answers[method, path] = (401, {"error": error})
+        assert main([*arguments, "--url", endpoint.url]) == 2
+        printed = capsys.readouterr().err
+        assert f"--{named}-key or XLOOM_{named.upper()}_KEY" in " ".join(printed.split())
+        assert ("--api-key" in printed) != ("--admin-key" in printed)
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """What `serve_forever` is called with; Ray is not started."""

@@ -123,3 +123,19 @@ def test_quantisation_is_looked_at(tmp_path: Path) -> None:
 def test_all_refusals_are_told_at_once() -> None:
     wrong = {"max_model_len": 1 << 20, "extra_args": {"nonsense": 1}}
     assert codes(engine=wrong) == ["invalid_engine_settings", "unknown_engine_argument"]
+
+
+@pytest.mark.parametrize(
+    ("router", "code"),
+    [
+        ({"host": "0.0.0.0"}, "endpoint_without_keys"),
+        ({"api_key": "k", "admin_key": "k"}, "one_key_for_both"),
+        ({"front_end_args": {"ssl_certfile": "cert.pem"}}, "unknown_front_end_argument"),
+    ],
+)
+def test_an_endpoint_that_would_not_start_is_refused(
+    monkeypatch: pytest.MonkeyPatch, router: dict[str, Any], code: str
+) -> None:
+    for name in ("XLOOM_API_KEY", "XLOOM_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert codes(router=router) == [code]

@@ -89,7 +89,7 @@ def test_an_unknown_key_names_the_nearest_known_one(data: dict[str, Any], neares
             "'a' is already that of an adapter",
         ),
         ({"adapters": [{"name": "../a", "source": "x"}]}, "adapters.0.name"),
-        ({"adapters": [{"name": "a/b", "source": "x"}]}, "adapters.0.name"),
+        ({"adapters": [{"name": "a//b", "source": "x"}]}, "adapters.0.name"),
         ({"xlora": [{"name": "a", "source": "x", "mixing_mode": "median"}]}, "xlora.0.mixing_mode"),
         ({"xlora": [{"name": "a", "source": "x", "temperature": 0}]}, "xlora.0.temperature"),
         ({"engine": {"dtype": "int3"}}, "engine.dtype"),
@@ -117,6 +117,28 @@ def test_local_sources_are_resolved_against_the_settings_file(tmp_path: Path) ->
     assert settings.model.source == str(tmp_path / "base")
     sources = [adapter.source for adapter in settings.adapters]
     assert sources == [str(tmp_path.parent / "a"), "org/b", "s3://bucket/c"]
+
+
+@pytest.mark.parametrize(
+    ("source", "location"),
+    [
+        ("org/name", "hf://org/name/a/b"),
+        ("org/name@v1", "hf://org/name/a/b@v1"),
+        ("hf://org/name/c@v1", "hf://org/name/c/a/b@v1"),
+        ("s3://bucket/c/", "s3://bucket/c/a/b"),
+        ("/srv/adapters", "/srv/adapters/a/b"),
+    ],
+)
+def test_a_sub_folder_is_part_of_where_an_adapter_is(source: str, location: str) -> None:
+    entry = {"name": "x", "source": source}
+    assert parse_settings({"adapters": [entry]}).adapters[0].location == source
+    assert parse_settings({"adapters": [entry | {"subfolder": "a/b"}]}).adapters[0].location == location
+
+
+@pytest.mark.parametrize("folder", ["../a", "a/../b", "/a", "a//b", ".", "", "a/", "a\\b", "a@v2"])
+def test_a_sub_folder_does_not_leave_its_source(folder: str) -> None:
+    error = refusal({"adapters": [{"name": "x", "source": "org/name", "subfolder": folder}]})
+    assert "adapters.0.subfolder" in error.message
 
 
 def test_without_a_file_the_sample_is_described() -> None:

@@ -67,9 +67,7 @@ def test_a_value_is_taken_as_written_or_refused(tmp_path: Path, text: str) -> No
     assert refused(tmp_path, text).code == "invalid_settings"
 
 
-def test_what_a_library_changes_in_pyyaml_changes_nothing_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_library_changes_in_pyyaml_changes_nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for tag in ("timestamp", "int"):  # in place, as lm-format-enforcer does it at its import
         monkeypatch.setitem(yaml.SafeLoader.yaml_constructors, f"tag:yaml.org,2002:{tag}", lambda *_: "else")
     assert refused(tmp_path, "model: {served_name: 2024-99-99}").code == "invalid_settings"
@@ -157,6 +155,17 @@ def test_local_paths_are_taken_from_the_files_own_folder(tmp_path: Path) -> None
     assert settings.store.path == str(tmp_path / "store")
     assert settings.router.front_end_args["chat_template"] == str(tmp_path / "chat.jinja")
     assert loaded(tmp_path, "isq: {calibration: some/dataset}").isq.calibration == "some/dataset"  # type: ignore[union-attr]
+
+
+def test_a_source_without_a_dot_is_a_folder_where_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "law").mkdir(parents=True)
+    settings = loaded(
+        tmp_path,
+        "adapters: [{name: a, source: adapters/law}, {name: b, source: adapters/code}]\n"
+        "store: {sources: [adapters, ./more, 'hf://org', /data]}\n",
+    )
+    assert [each.source for each in settings.adapters] == [str(tmp_path / "adapters" / "law"), "adapters/code"]
+    assert settings.store.sources == [str(tmp_path / "adapters"), str(tmp_path / "more"), "hf://org", "/data"]
 
 
 def test_a_key_that_is_named_as_a_kind_is_unknown(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import msgspec
 
 from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
-from xloom.adapters.manifest import Entry, Manifest, ManifestFile, generation_of, read_files
+from xloom.adapters.manifest import Entry, Manifest, ManifestFile, folder_generation, generation_of, read_files
+from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_number
 from xloom.storage.durable import sync, sync_tree
@@ -35,6 +36,7 @@ class Staged:
 
     entry: Entry
     folder: Path
+    rules: SourceRules | None = None  # under which its source was read
 
 
 class AdapterCatalog:
@@ -53,16 +55,16 @@ class AdapterCatalog:
         max_rank: int,
         reserved_names: Collection[str] = (),
         base_revision: str | None = None,
-        limits: sources.Limits | None = None,
     ) -> None:
         self._base = (base_source, base_revision)
         self._max_rank = max_rank
         self._reserved = frozenset(reserved_names)
-        self._limits = limits or sources.Limits()
         self._prepared = folder / "prepared"
         self._incoming = folder / "incoming"
         self._changing = Lock()
+        self._preparing = Lock()  # sources are fetched side by side; the weights of one at a time are in memory
         self._replaced: dict[str, Entry] = {}  # by name: what the newest replacement took the place of
+        self._rules: dict[str, SourceRules | None] = {}  # by key: those of what was added in this process's life
         self._prepared.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._incoming, ignore_errors=True)  # of an add that a crash cut short
         self._incoming.mkdir()
@@ -96,13 +98,14 @@ class AdapterCatalog:
         max_rank: int | None = None,
         verify: bool = False,
         configured: bool = False,
+        rules: SourceRules | None = None,
     ) -> Entry:
         """Take an adapter or bundle in (`kind` None: whichever it is). Raises `XloomError` and changes nothing.
 
         Adding what is there already changes nothing; other content under the same name is adapter_exists
         unless `replace`.
         """
-        with self.stage(name, source, kind, overrides, verify=verify, configured=configured) as staged:
+        with self.stage(name, source, kind, overrides, verify=verify, configured=configured, rules=rules) as staged:
             return self.commit(staged, replace=replace, max_rank=max_rank)
 
     @contextmanager
@@ -115,24 +118,28 @@ class AdapterCatalog:
         *,
         verify: bool = False,
         configured: bool = False,
+        rules: SourceRules | None = None,
     ) -> Iterator[Staged]:
-        """Fetch, check and prepare a source; what is not committed within the block is deleted."""
+        """Fetch, check and prepare a source; what is not committed within the block is deleted.
+
+        `rules` None: any source, for the settings' own and for commands of this machine's user.
+        """
         check_name(name, self._reserved)
         scratch = self._incoming / uuid.uuid4().hex
         prepared = scratch / "prepared"
         fetched = scratch / "source" / "fetched"  # what a bundle names as ../x comes to lie in `source`
         prepared.mkdir(parents=True)
         try:
-            sources.fetch(source, fetched, self._limits)
+            sources.fetch(source, fetched, rules)
             with _speaking_of(source, fetched):
                 found = sources.adapter_folder(fetched, source)
                 kind = detect_kind(found, source, kind)
                 check_overrides(kind, overrides)
-                result = self._prepare(source, fetched, found, kind, overrides, prepared)
+                result = self._prepare(source, fetched, found, kind, overrides, prepared, rules)
             entry = Entry(
                 name=name,
                 kind=kind,
-                generation=generation_of(read_files(prepared)),
+                generation=folder_generation(prepared),
                 rank=result.rank,
                 targets=result.targets,
                 size=result.size,
@@ -142,33 +149,44 @@ class AdapterCatalog:
                 verify=verify,
                 configured=configured,
             )
-            yield Staged(entry, prepared)
+            yield Staged(entry, prepared, rules)
         except OSError as error:
             raise _unwritable(self._prepared.parent, error) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _prepare(self, source: str, fetched: Path, found: Path, kind: str, overrides: Overrides, out: Path) -> Prepared:
+    def _prepare(
+        self,
+        source: str,
+        fetched: Path,
+        found: Path,
+        kind: str,
+        overrides: Overrides,
+        out: Path,
+        rules: SourceRules | None,
+    ) -> Prepared:
         # Imported here: without torch a store that has crashed is back in half the time.
         from xloom.mixtures.base_weights import BaseWeights
         from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 
         base, weights = base_shape(*self._base), BaseWeights(*self._base)
         if kind == "lora":
-            return prepare_lora(found, base.modules, out, max_rank=self._max_rank, base=weights)
+            with self._preparing:
+                return prepare_lora(found, base.modules, out, max_rank=self._max_rank, base=weights)
         if found != fetched:
             source = f"{source.rstrip('/')}/{found.relative_to(fetched).as_posix()}"
-        fetch_companions(source, found, self._limits)
-        return prepare_bundle(
-            found,
-            base.modules,
-            out,
-            hidden_size=base.hidden_size,
-            max_rank=self._max_rank,
-            overrides=overrides,
-            base=weights,
-            root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
-        )
+        fetch_companions(source, found, rules or SourceRules())
+        with self._preparing:
+            return prepare_bundle(
+                found,
+                base.modules,
+                out,
+                hidden_size=base.hidden_size,
+                max_rank=self._max_rank,
+                overrides=overrides,
+                base=weights,
+                root=fetched.parent,  # absolute paths in a bundle reach nothing outside what was fetched
+            )
 
     def commit(
         self, staged: Staged, *, replace: bool = False, max_rank: int | None = None, mixtures: bool = True
@@ -209,6 +227,7 @@ class AdapterCatalog:
             try:
                 self._put(staged)
                 self._replaced = kept | ({entry.name: old} if old else {})
+                self._rules[entry.key] = staged.rules
                 self._change(self._manifest.with_entry(entry))
             except OSError as error:
                 self._replaced = kept
@@ -220,7 +239,7 @@ class AdapterCatalog:
         """Make a staged folder its generation's, unless that is there and whole."""
         target = self._prepared / staged.entry.generation
         if target.is_dir():
-            if generation_of(read_files(target)) == target.name:
+            if folder_generation(target) == target.name:
                 return
             logger.warning("the files of %s were damaged: they are replaced", staged.entry.key)
             shutil.rmtree(target)
@@ -317,7 +336,8 @@ class AdapterCatalog:
         if entry is None:
             raise _no_generation(generation)
         try:
-            with self.stage(entry.name, entry.source, entry.kind, entry.overrides, verify=entry.verify) as staged:
+            rules = self._rules.get(entry.key)
+            with self.stage(entry.name, entry.source, entry.kind, entry.overrides, rules=rules) as staged:
                 if staged.entry.generation != generation:
                     raise _damaged(generation, f"damaged on disk, and {entry.source!r} has other content by now")
                 with self._changing:

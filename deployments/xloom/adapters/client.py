@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from xloom.adapters.identity import identity_of
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import Refusal, ReplicaReport
+from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.store import AdapterStore
 from xloom.deadline import limited
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
@@ -29,6 +30,7 @@ ACTOR_NAME = "xloom-adapter-store"
 NAMESPACE = "xloom"
 _PATIENCE_S = 30.0  # how long a dead store may take to come back, and a call that waits for nothing else may take
 _ADD_S = 900.0  # what an add or a fetch may take: a source is read, over a network
+_PREPARE_S = 300.0  # of that, beyond what its source may take
 _GRACE_S = 5.0  # beyond which a change is not made any more: for its answer, and for clocks that differ
 _RETRY_S = 0.2
 
@@ -65,10 +67,12 @@ class StoreClient:
         verify: bool = False,
         configured: bool = False,
         mixtures: bool = True,
+        rules: SourceRules | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add` and `.commit`."""
-        arguments = (name, source, kind, overrides, replace, max_rank, verify, configured, mixtures)
-        return cast(Entry, await self._change("add", *arguments, limit_s=_ADD_S))
+        limit_s = max(_ADD_S, rules.limits.seconds + _PREPARE_S) if rules is not None else _ADD_S
+        arguments = (name, source, kind, overrides, replace, max_rank, verify, configured, mixtures, rules)
+        return cast(Entry, await self._change("add", *arguments, limit_s=limit_s))
 
     async def remove(self, name: str) -> Entry | None:
         """Take an adapter out; its entry, None when the store died after removing it. Raises adapter_not_found."""

@@ -7,16 +7,18 @@ import re
 from pathlib import Path, PurePosixPath
 
 from xloom.adapters import sources
+from xloom.adapters.source_rules import SourceRules, beside, is_local
 from xloom.protocol import XloomError
 
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
-def fetch_companions(source: str, folder: Path, limits: sources.Limits) -> None:
+def fetch_companions(source: str, folder: Path, rules: SourceRules) -> None:
     """Bring in what the bundle copied from `source` to `folder` names beside it, by relative or absolute path.
 
     `../x` lands beside `folder`; what has an absolute path, as `PeftModel.from_pretrained` is often given, lands in
-    `adapters/<name>`. Only a local source may name absolute paths. Raises `XloomError` as `sources.fetch` does.
+    `adapters/<name>`. Only a local source may name absolute paths. The rules hold for each of them. Raises `XloomError`
+    as `sources.fetch` does.
     """
     from xloom.mixtures.files import read_json
 
@@ -25,7 +27,7 @@ def fetch_companions(source: str, folder: Path, limits: sources.Limits) -> None:
     adapters, trained = config.get("adapters"), bool(config.get("use_trainable_adapters", False))
     if not isinstance(adapters, dict):
         return
-    local = sources.is_local(source)
+    local = is_local(source)
     for number, (name, path) in enumerate(adapters.items()):
         if not isinstance(path, str) or (folder / path).resolve().is_relative_to(folder.resolve()):
             continue
@@ -35,7 +37,7 @@ def fetch_companions(source: str, folder: Path, limits: sources.Limits) -> None:
             # The sub-folders that PEFT saves beside these paths are often damaged; they count where it trained them.
             healthy = not trained and Path(path, "adapter_config.json").is_file()
             if local and (healthy or not inside) and _PLAIN.fullmatch(name):
-                sources.fetch(path, folder / "adapters" / name, limits)
+                sources.fetch(path, folder / "adapters" / name, rules)
             continue
         parts = PurePosixPath(posixpath.normpath(path)).parts
         if len(parts) < 2 or parts[0] != ".." or ".." in parts[1:]:
@@ -44,14 +46,6 @@ def fetch_companions(source: str, folder: Path, limits: sources.Limits) -> None:
                 f"The bundle {source!r} names an adapter at {path!r}, further out than beside it.",
                 "Keep a bundle's adapters beside it or inside it.",
             )
-        beside = _beside(source, "/".join(parts[1:]), local)
-        if beside is not None:
-            sources.fetch(beside, folder.parent.joinpath(*parts[1:]), limits)
-
-
-def _beside(source: str, path: str, local: bool) -> str | None:
-    if local:
-        return str(Path(source.removeprefix("file://")).expanduser().resolve().parent / path)
-    if "://" in source and not source.startswith("hf://"):
-        return f"{source.rstrip('/').rpartition('/')[0]}/{path}"
-    return None  # a hub repository has nothing beside it
+        address = beside(source, "/".join(parts[1:]))
+        if address is not None:
+            sources.fetch(address, folder.parent.joinpath(*parts[1:]), rules)

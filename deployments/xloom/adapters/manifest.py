@@ -15,6 +15,8 @@ from xloom.storage.durable import sync, write_synced
 
 logger = logging.getLogger(__name__)
 
+_PIECE = 2**20  # bytes
+
 
 class Entry(msgspec.Struct, frozen=True):
     """One adapter or bundle, prepared and ready to be fetched."""
@@ -71,6 +73,17 @@ def generation_of(files: Mapping[str, bytes]) -> str:
     for name in sorted(files):
         digest.update(f"{name}\0{len(files[name])}\0".encode())
         digest.update(files[name])
+    return digest.hexdigest()
+
+
+def folder_generation(folder: Path) -> str:
+    """`generation_of` the files right in a folder, without holding them in memory."""
+    digest = hashlib.sha256()
+    for path in sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.name):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
     return digest.hexdigest()
 
 

@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import logging
-import re
-import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
+from xloom.adapters.copying import Readable, copy
+from xloom.adapters.limits import Budget, Limits
+from xloom.adapters.source_rules import SourceRules, is_local, local_path, place
 from xloom.protocol import XloomError
 
 logger = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
 
 ALLOWED_SUFFIXES = (".json", ".safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 WEIGHT_STEMS = ("adapter_model", "xlora_classifier", "pytorch_model")
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")  # org/name, or org/name@revision
+_READ_AHEAD = 8 * 2**20  # bytes
 _CHECK_SOURCE = "Check the source's path or URL."
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most one source may bring in."""
-
-    files: int = 2000
-    size: int = 32 * 2**30  # bytes
-    depth: int = 16  # folders within folders
-    seen: int = 100_000  # files of any kind that are looked at
 
 
 class Source(Protocol):
     """Copies what a source's address names into an empty folder. Raises `XloomError`."""
 
-    def __call__(self, address: str, into: Path, limits: Limits) -> None: ...
+    def __call__(self, address: str, into: Path, budget: Budget) -> None: ...
 
+
+Entry = TypeVar("Entry")
 
 _SCHEMES: dict[str, Source] = {}
 
@@ -48,23 +40,20 @@ def register(scheme: str, source: Source) -> None:
     _SCHEMES[scheme] = source
 
 
-def fetch(source: str, into: Path, limits: Limits | None = None) -> None:
+def fetch(source: str, into: Path, rules: SourceRules | None = None) -> None:
     """Copy a source's JSON and safetensors files into `into`, sub-folders kept.
 
-    Raises `XloomError`: source_not_found, source_unreachable, source_unsupported, source_too_large,
-    pickle_refused (weights as pickle), unsafe_path (a path or link that leaves the source).
+    Raises `XloomError`: source_not_allowed, source_not_found, source_unreachable, source_unsupported, source_too_large,
+    source_too_slow, pickle_refused (weights as pickle), unsafe_path (a path or link that leaves the source),
+    broken_adapter (a safetensors file that is none).
     """
-    limits = limits or Limits()
+    rules = rules or SourceRules()
+    where = place(source)
+    rules.check(source)
     into.mkdir(parents=True, exist_ok=True)
-    scheme, separator, _ = source.partition("://")
-    if separator:
-        _SCHEMES.get(scheme, fetch_url)(source, into, limits)
-    elif is_local(source):
-        fetch_folder(source, into, limits)
-    elif _HUB_ID.match(source):
-        fetch_hub(source, into, limits)
-    else:
-        raise _not_found(source, "it is neither a folder, a hub id (org/name) nor a URL")
+    budget = Budget(source, rules.limits, inner=rules.trusts_host(source))
+    read = fetch_folder if is_local(source) else _SCHEMES.get(where.scheme, fetch_url)
+    budget.run(lambda: read(source, into, budget))
 
 
 def select(files: dict[str, int], source: str, limits: Limits) -> list[str]:
@@ -79,8 +68,12 @@ def select(files: dict[str, int], source: str, limits: Limits) -> list[str]:
         raise _not_found(source, "it holds no adapter files (JSON, safetensors)")
     size = sum(files[name] for name in chosen)
     if len(chosen) > limits.files or size > limits.size:
-        limit = f"the limits are {limits.files} files and {limits.size} bytes"
-        raise _too_large(source, f"{len(chosen)} files of {size} bytes; {limit}")
+        raise XloomError(
+            "source_too_large",
+            f"The source {source!r} holds {len(chosen)} files of {size} bytes; "
+            f"the limits are {limits.files} files and {limits.size} bytes.",
+            "Name the folder of one adapter or bundle alone, or raise the limit in store.limits.",
+        )
     return chosen
 
 
@@ -116,52 +109,54 @@ def adapter_folder(fetched: Path, source: str) -> Path:
 # Local folders.
 
 
-def is_local(source: str) -> bool:
-    """Whether a source is a folder of this machine."""
-    return source.startswith(("/", ".", "~", "file://")) or ("://" not in source and Path(source).is_dir())
-
-
-def fetch_folder(address: str, into: Path, limits: Limits) -> None:
-    """Copy a local folder (a path or file:// URL).
+def fetch_folder(address: str, into: Path, budget: Budget) -> None:
+    """Copy a local folder (an absolute path or file:// URL).
 
     Links are followed within it, and into the blobs of the hub cache's repository that it is a snapshot of.
     """
-    root = Path(address.removeprefix("file://")).expanduser()
+    root = local_path(address)
     if not root.is_dir():
         raise _not_found(address, "there is no such folder")
     try:
-        root = root.resolve()
-        found = _walk(root, address, limits)
-        names = select({name: path.stat().st_size for name, path in found.items()}, address, limits)
-        for name in names:
-            target = into / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found[name], target)
+        _copy_below(root, address, into, budget)
     except OSError as error:
         raise _unreachable(address, error) from None
 
 
-def _walk(root: Path, source: str, limits: Limits) -> dict[str, Path]:
+def _copy_below(root: Path, source: str, into: Path, budget: Budget) -> None:
+    found = _listed(root.resolve(), source, budget)
+    for name in select({name: file.stat().st_size for name, file in found.items()}, source, budget.limits):
+        with found[name].open("rb") as opened:
+            copy(opened, into / name, found[name].stat().st_size, budget)
+
+
+class _Local(NamedTuple):
+    """A file or folder below a local source: its path there, where it really is, and the real folders above it."""
+
+    path: Path
+    real: Path
+    above: frozenset[Path]
+
+
+def _listed(root: Path, source: str, budget: Budget) -> dict[str, Path]:
     """Each file's relative POSIX path, and where it is when all links are followed."""
+
+    def entries(folder: _Local) -> Iterator[_Local]:
+        with os.scandir(folder.path) as found:
+            for entry in found:
+                # So Kubernetes names what holds that to which the links beside it lead (its AtomicWriter, 1.34).
+                if folder.path != root or not entry.name.startswith(".."):
+                    yield _Local(Path(entry.path), Path(os.path.realpath(entry.path)), folder.above | {folder.real})
+
     stores = [root, *_blobs(root)]
     files: dict[str, Path] = {}
-    waiting: list[tuple[Path, tuple[Path, ...]]] = [(root, (root,))]  # folders, with the real ones that lead to them
-    while waiting:
-        folder, above = waiting.pop()
-        for entry in sorted(folder.iterdir()):
-            if folder == root and entry.name.startswith(".."):
-                continue  # where Kubernetes keeps what the links beside it lead to (its AtomicWriter, 1.34)
-            real, name = entry.resolve(), entry.relative_to(root).as_posix()
-            if entry.is_symlink() and not any(real.is_relative_to(store) for store in stores):
-                raise _unsafe_path(source, name)
-            if real.is_dir():
-                if real in above or len(above) > limits.depth:
-                    raise _unsafe_path(source, name)
-                waiting.append((entry, (*above, real)))
-            elif real.is_file():
-                files[name] = real
-                if len(files) > limits.seen:
-                    raise _too_large(source, f"more than {limits.seen} files of any kind")
+    for path, real, above in _walk(_Local(root, root, frozenset()), entries, lambda entry: entry.real.is_dir(), budget):
+        name = path.relative_to(root).as_posix()
+        leaves = path.is_symlink() and not any(real.is_relative_to(store) for store in stores)
+        if leaves or real in above:
+            raise _unsafe_path(source, name)
+        if real.is_file():
+            files[name] = real
     return files
 
 
@@ -175,37 +170,47 @@ def _blobs(root: Path) -> list[Path]:
     return []
 
 
+def _walk(
+    root: Entry, entries: Callable[[Entry], Iterable[Entry]], is_folder: Callable[[Entry], bool], budget: Budget
+) -> Iterator[Entry]:
+    """All that is below a folder, within the limits. Without recursion: a tree may have no end."""
+    folders = deque([(root, 0)])
+    while folders:
+        folder, depth = folders.popleft()
+        for entry in entries(folder):
+            budget.entry(depth)
+            yield entry
+            if is_folder(entry):
+                folders.append((entry, depth + 1))
+
+
 # fsspec URLs.
 
 
-def fetch_url(address: str, into: Path, limits: Limits) -> None:
+def fetch_url(address: str, into: Path, budget: Budget) -> None:
     """Copy a folder at any fsspec URL: s3://, gs://, az://, hdfs://, memory://…"""
-    import fsspec
-
-    if "::" in address:
-        raise XloomError("source_unsupported", f"Chained URLs such as {address!r} are not read.", _CHECK_SOURCE)
     try:
-        filesystem, root = fsspec.core.url_to_fs(address)
+        filesystem, root = _filesystem(address, budget)
     except ImportError as error:
         raise XloomError(
             "source_unsupported",
             f"Nothing installed reads {address!r}: {error}",
-            "Install it: s3fs for s3://, gcsfs for gs://, adlfs for az://.",
+            "Install it: s3fs for s3://, gcsfs for gs://, adlfs for az://, aiohttp for http://.",
         ) from None
     except ValueError as error:
         raise XloomError("source_unsupported", f"{address!r}: {error}", _CHECK_SOURCE) from None
+    ahead = 0 if _is_http(address) else _READ_AHEAD  # 0: one request, whatever the server says of ranges
     try:
         filesystem.invalidate_cache()  # listings are cached for the process's life: a source may have changed
-        found: dict[str, dict[str, Any]] = filesystem.find(root, detail=True)
-        prefix = root.rstrip("/") + "/"
-        sizes = {path.removeprefix(prefix): int(info.get("size") or 0) for path, info in found.items() if path != root}
-        if not sizes:
+        found = _found(filesystem, root, budget)
+        if not found:
             raise _not_found(address, "there is no such folder, or it is empty")
-        names = select(sizes, address, limits)
-        for name in names:
-            target = into / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(prefix + name, str(target))
+        prefix = root.rstrip("/") + "/"
+        for name in select(
+            {path.removeprefix(prefix): size or 0 for path, size in found.items()}, address, budget.limits
+        ):
+            with filesystem.open(prefix + name, "rb", block_size=ahead) as file:
+                copy(cast(Readable, file), into / name, found[prefix + name], budget)
     except XloomError:
         raise
     except FileNotFoundError:
@@ -214,10 +219,44 @@ def fetch_url(address: str, into: Path, limits: Limits) -> None:
         raise _unreachable(address, error) from None
 
 
+def _found(filesystem: Any, root: str, budget: Budget) -> dict[str, int | None]:
+    """The files below a folder of a filesystem: path to size in bytes, None where it does not say."""
+    below = root.rstrip("/") + "/"
+
+    def entries(folder: dict[str, Any]) -> list[dict[str, Any]]:
+        listing: list[dict[str, Any]] = filesystem.ls(folder["name"], detail=True)
+        # An object store may list the folder itself, and a page may link to anywhere.
+        return [
+            each
+            for each in listing
+            if each["name"].startswith(below) and each["name"].rstrip("/") != folder["name"].rstrip("/")
+        ]
+
+    top: dict[str, Any] = {"name": root, "type": "directory"}
+    every = _walk(top, entries, lambda entry: entry["type"] == "directory", budget)
+    return {entry["name"]: entry.get("size") for entry in every if entry["type"] != "directory"}
+
+
+def _is_http(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
+
+
+def _filesystem(address: str, budget: Budget) -> tuple[Any, str]:
+    """What reads an address, and the path there."""
+    import fsspec
+
+    if _is_http(address):
+        from xloom.adapters.http_folder import HttpFolder
+
+        return HttpFolder(address, budget), address
+    found: tuple[Any, str] = fsspec.core.url_to_fs(address)
+    return found
+
+
 # The Hugging Face hub.
 
 
-def fetch_hub(address: str, into: Path, limits: Limits) -> None:
+def fetch_hub(address: str, into: Path, budget: Budget) -> None:
     """Copy a hub repository or a folder of it; offline, from the hub's local cache.
 
     `org/name`, `org/name@revision`, `hf://org/name/folder`, `hf://org/name/folder@revision`.
@@ -236,41 +275,34 @@ def fetch_hub(address: str, into: Path, limits: Limits) -> None:
         raise _unsafe_path(address, path)
     name, folder = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
     wanted: str | None = revision or None
+    listed: dict[str, int] | None = None
     missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     try:
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=wanted, files_metadata=True)
             listed = {item.rfilename: item.size or 0 for item in info.siblings or []}
-            select(_under(folder, listed), address, limits)
+            inside = {file.removeprefix(folder): size for file, size in listed.items() if file.startswith(folder)}
+            select(inside, address, budget.limits)
             wanted = info.sha
         except (XloomError, *missing):
             raise
         except Exception:  # offline, or the hub is down: the local cache may have it
             logger.info("the hub did not list %s: its local cache is tried", name, exc_info=True)
         patterns = [f"{folder}*{suffix}" for suffix in ALLOWED_SUFFIXES]
-        snapshot = Path(huggingface_hub.snapshot_download(name, revision=wanted, allow_patterns=patterns))
+        with budget.silent():
+            found = huggingface_hub.snapshot_download(
+                name, revision=wanted, allow_patterns=patterns, local_files_only=listed is None
+            )  # what was not listed was not measured either
+            snapshot = Path(found)
+        if not (snapshot / folder).is_dir():
+            raise _not_found(address, f"the repository has no folder {folder!r}")
+        _copy_below(snapshot / folder, address, into, budget)
     except (XloomError, errors.GatedRepoError) as error:  # a gated repository counts as missing upstream
         raise error if isinstance(error, XloomError) else _unreachable(address, error) from None
     except missing:
         raise _not_found(address, "the hub has no such repository or revision, or the token may not read it") from None
     except Exception as error:  # the hub's, the HTTP client's and the disk's
         raise _unreachable(address, error) from None
-    # A snapshot is made of links into the repository's blobs, two folders up: these are followed.
-    blobs = snapshot.parent.parent.resolve()
-    files = _under(
-        folder, {path.relative_to(snapshot).as_posix(): path for path in snapshot.rglob("*") if path.is_file()}
-    )
-    chosen = select({key: path.stat().st_size for key, path in files.items()}, address, limits)
-    for key in chosen:
-        if not files[key].resolve().is_relative_to(blobs):
-            raise _unsafe_path(address, key)
-        target = into / key
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(files[key], target)
-
-
-def _under(folder: str, files: dict[str, Value]) -> dict[str, Value]:
-    return {name.removeprefix(folder): value for name, value in files.items() if name.startswith(folder)}
 
 
 register("file", fetch_folder)
@@ -279,11 +311,6 @@ register("hf", fetch_hub)
 
 def _not_found(source: str, why: str) -> XloomError:
     return XloomError("source_not_found", f"The source {source!r} can't be read: {why}.", _CHECK_SOURCE, 404)
-
-
-def _too_large(source: str, what: str) -> XloomError:
-    cure = "Name the folder of one adapter or bundle alone."
-    return XloomError("source_too_large", f"The source {source!r} holds {what}.", cure)
 
 
 def _unreachable(source: str, error: BaseException) -> XloomError:

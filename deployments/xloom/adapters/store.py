@@ -17,10 +17,12 @@ from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.identity import identity_of
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, Refusal, ReplicaReport, Residency
+from xloom.adapters.source_rules import SourceRules
 from xloom.observability import table
 from xloom.observability.logs import configure
 from xloom.observability.recorder import RECORDER
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_key
+from xloom.settings import forget_keys
 from xloom.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class AdapterStore:
         logs: LogSettings | None = None,
         stuck_timeout_s: float = 10.0,
     ) -> None:
+        forget_keys()
         self._watchdog = Watchdog(stuck_timeout_s)
         if logs is not None:
             configure(logs, "store", "store")
@@ -87,6 +90,7 @@ class AdapterStore:
         verify: bool = False,
         configured: bool = False,
         mixtures: bool = True,
+        rules: SourceRules | None = None,
         expires_at: float | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add` and `.commit`.
@@ -97,7 +101,7 @@ class AdapterStore:
         catalog = await self._catalog()
         with _counted("add", catalog):
             async with self._staging:
-                stage = catalog.stage(name, source, kind, overrides, verify=verify, configured=configured)
+                stage = catalog.stage(name, source, kind, overrides, verify=verify, configured=configured, rules=rules)
                 staged = await asyncio.to_thread(stage.__enter__)
                 try:
                     async with self._committing:

@@ -47,7 +47,7 @@ def check_name(name: str, reserved: Collection[str]) -> None:
         raise XloomError(
             "invalid_adapter_name",
             f"{name[:80]!r} can't name an adapter.",
-            "Use up to 64 letters, digits, dots, dashes and underscores, a letter or digit first.",
+            "Use up to 64 letters, digits, dots, dashes and underscores, a letter or digit first; or org/name.",
         )
     if name in reserved:
         raise XloomError("name_reserved", f"The name {name!r} is that of the base model.", "Choose another.", 409)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xloom.adapters.catalog import AdapterCatalog
-from xloom.app import lora_rank
+from xloom.app import lora_rank, own_rules
 from xloom.engines.base import LLMBackend
 from xloom.engines.registry import backend_for
 from xloom.protocol import Overrides, XloomError
@@ -101,11 +101,11 @@ class DeploymentCheck:
         entries = []
         for adapter in settings.adapters:
             self._progress(f"Preparing {adapter.name}")
-            entries.append(catalog.add(adapter.name, adapter.source, "lora"))
+            entries.append(catalog.add(adapter.name, adapter.location, "lora", rules=own_rules(settings)))
         for bundle in settings.xlora:
             self._progress(f"Preparing {bundle.name}")
             overrides = Overrides.of(bundle)
-            entries.append(catalog.add(bundle.name, bundle.source, "xlora", overrides))
+            entries.append(catalog.add(bundle.name, bundle.location, "xlora", overrides, rules=own_rules(settings)))
         self._rank = lora_rank(settings, tuple(entries))
         return [Target(entry.ref, folder / "prepared" / entry.generation) for entry in entries]
 

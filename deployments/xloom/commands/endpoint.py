@@ -15,6 +15,7 @@ from xloom.protocol import XloomError
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 600.0  # adding an adapter may download it first
+_ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # routes for which the API key is not enough
 
 
 class Endpoint:
@@ -98,5 +99,8 @@ def _refusal(status: int, path: str, content: bytes) -> XloomError:
     code = error.get("code")
     if not isinstance(code, str):
         code = str(error.get("type") or "endpoint_error")
-    cure = "Give the key with --admin-key or XLOOM_ADMIN_KEY." if status in (401, 403) else ""
+    cure = ""
+    if status in (401, 403):
+        which = "admin" if path in _ADMIN else "api"
+        cure = f"Give the key with --{which}-key or XLOOM_{which.upper()}_KEY."
     return XloomError(code, str(error["message"]), cure, status)

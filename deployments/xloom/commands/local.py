@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from xloom.adapters.catalog import AdapterCatalog
+from xloom.app import own_rules
 from xloom.commands.detokeniser import Detokeniser
 from xloom.commands.text_model import Answer, Message, Options, TextModel
 from xloom.engines.base import LLMBackend
@@ -160,10 +161,10 @@ class LocalModel(TextModel):
         bundle = next((entry for entry in settings.xlora if entry.name == name), None)
         if bundle is not None:
             overrides = Overrides.of(bundle)
-            entry = catalog.add(name, bundle.source, "xlora", overrides)
+            entry = catalog.add(name, bundle.location, "xlora", overrides, rules=own_rules(settings))
         else:
-            source = next(entry.source for entry in settings.adapters if entry.name == name)
-            entry = catalog.add(name, source, "lora", NO_OVERRIDES)
+            source = next(entry.location for entry in settings.adapters if entry.name == name)
+            entry = catalog.add(name, source, "lora", NO_OVERRIDES, rules=own_rules(settings))
         self._call(backend.add_adapter(entry.ref, folder / "prepared" / entry.generation))
         return entry.ref
 

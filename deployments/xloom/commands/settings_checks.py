@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xloom.adapters.source_rules import is_local
+from xloom.app import own_rules
 from xloom.commands.checks import Finding
 from xloom.preflight import refusals
 from xloom.protocol import Overrides, XloomError
+from xloom.router.exposure import is_loopback
 from xloom.settings import AdapterSettings, RouterSettings, Settings, XLoraSettings
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ def check_settings(settings: Settings) -> list[Finding]:
     """All that would be refused: by the start, the router's keys, and for each adapter and bundle on this machine."""
     found = [failed("settings", error) for error in refusals(settings)]
     found = found or [Finding("settings", "ok", "nothing that a start would refuse")]
-    return [*found, *check_keys(settings.router), *check_adapters(settings)]
+    return [*found, *check_weights(settings), *check_keys(settings.router), *check_adapters(settings)]
 
 
 def failed(check: str, error: XloomError) -> Finding:
@@ -28,27 +30,42 @@ def failed(check: str, error: XloomError) -> Finding:
     return Finding(check, "fail", f"{error.message} [{error.code}]", error.cure)
 
 
-def check_keys(router: RouterSettings) -> list[Finding]:
-    """Who may reach the endpoint, and who may change what it serves."""
-    if router.api_key is None and router.admin_key is None:
-        if _is_loopback(router.host):
-            return [Finding("keys", "ok", f"none: the endpoint is for this machine alone ({router.host})")]
-        detail = f"none, and the endpoint listens at {router.host}: whoever reaches it may use and change it"
-        return [Finding("keys", "warn", detail, "Set XLOOM_API_KEY and XLOOM_ADMIN_KEY, or router.host: 127.0.0.1.")]
-    if router.admin_key is None:
-        detail = "there is no admin key: every API key may add and remove adapters"
-        return [Finding("keys", "warn", detail, "Set XLOOM_ADMIN_KEY as well.")]
-    if router.api_key is None and not _is_loopback(router.host):
-        detail = f"there is no API key, and the endpoint listens at {router.host}: whoever reaches it may use it"
-        return [Finding("keys", "warn", detail, "Set XLOOM_API_KEY as well.")]
-    return [Finding("keys", "ok", "set")]
-
-
-def _is_loopback(host: str) -> bool:
+def check_weights(settings: Settings) -> list[Finding]:
+    """Hold the tensors of a local checkpoint against the model, by their files' headers: nothing is loaded."""
+    source = settings.model.source
+    folder = Path(source)
+    if not any(folder.glob("*.safetensors")):
+        return []  # a hub id, or a folder that another check is about
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        from xloom.engines.transformers.checkpoint import loading_info, refuse_missing, some
+
+        info = loading_info(folder)
+        refuse_missing(source, info)
+    except ModuleNotFoundError as error:
+        return [Finding("weights", "warn", f"not looked at: the package {error.name!r} is missing")]
+    except XloomError as error:
+        return [failed("weights", error)]
+    except Exception as error:  # of a model that Transformers does not know, or whose shapes are others
+        detail = (
+            f"not looked at: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        )
+        return [Finding("weights", "warn", detail)]
+    if extra := sorted(map(str, info["unexpected_keys"])):
+        return [Finding("weights", "warn", f"{len(extra)} tensors have no place in the model: {some(extra)}")]
+    return [Finding("weights", "ok", "the checkpoint gives all that the model has")]
+
+
+def check_keys(router: RouterSettings) -> list[Finding]:
+    """Who may reach the endpoint, and who may change what it serves; what a start refuses is said elsewhere."""
+    local = is_loopback(router.host)
+    if router.api_key is None and not local:
+        detail = f"there is no API key, and the endpoint listens at {router.host}: whoever reaches it may use it"
+        return [Finding("keys", "warn", detail, "Set XLOOM_API_KEY as well, or router.host: 127.0.0.1.")]
+    if router.api_key is None and router.admin_key is None:
+        return [Finding("keys", "ok", f"none: the endpoint is for this machine alone ({router.host})")]
+    if router.admin_key is None:
+        return [Finding("keys", "ok", "there is no admin key: nobody may add and remove adapters")]
+    return [Finding("keys", "ok", "set")]
 
 
 def check_adapters(settings: Settings) -> list[Finding]:
@@ -57,7 +74,6 @@ def check_adapters(settings: Settings) -> list[Finding]:
     if not entries:
         return []
     try:
-        from xloom.adapters import sources
         from xloom.adapters.catalog import AdapterCatalog
         from xloom.adapters.validation import base_shape
 
@@ -73,10 +89,10 @@ def check_adapters(settings: Settings) -> list[Finding]:
             Path(folder), base.source, settings.store.max_rank, [base.served_name], base_revision=base.revision
         )
         for entry in entries:
-            if sources.is_local(entry.source):
+            if is_local(entry.location):
                 found.append(_check_adapter(settings, catalog, entry))
             else:
-                found.append(Finding(f"adapter {entry.name}", "ok", f"not looked at: {entry.source} is not here"))
+                found.append(Finding(f"adapter {entry.name}", "ok", f"not looked at: {entry.location} is not here"))
     return found
 
 
@@ -85,7 +101,7 @@ def _check_adapter(settings: Settings, catalog: AdapterCatalog, entry: AdapterSe
     check = f"{'bundle' if kind == 'xlora' else 'adapter'} {entry.name}"
     overrides = Overrides.of(entry) if kind == "xlora" else Overrides()
     try:
-        with catalog.stage(entry.name, entry.source, kind, overrides) as staged:
+        with catalog.stage(entry.name, entry.location, kind, overrides, rules=own_rules(settings)) as staged:
             rank, limit = staged.entry.rank, settings.engine.max_lora_rank
             if limit != "auto" and rank > limit:
                 raise XloomError(
@@ -98,5 +114,5 @@ def _check_adapter(settings: Settings, catalog: AdapterCatalog, entry: AdapterSe
         return failed(check, error)
     except Exception as error:  # whatever a damaged file makes of its readers: the other findings count as well
         return Finding(
-            check, "fail", f"{entry.source} can't be read: {type(error).__name__}: {error}", "Save it again."
+            check, "fail", f"{entry.location} can't be read: {type(error).__name__}: {error}", "Save it again."
         )

@@ -18,7 +18,7 @@ from logging.handlers import MemoryHandler
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xloom.settings import LogSettings, Settings
+    from xloom.settings import LogSettings
 
 HIDDEN = "***"
 _RATE_LIMIT_S = 60.0  # how often OpenTelemetry may say the same
@@ -43,23 +43,32 @@ def fields(**values: Any) -> dict[str, Any]:
     return {"fields": values}
 
 
+_met: set[str] = set()  # keys that clients have sent to this process
+
+
+def hide(secret: str) -> None:
+    """Leave a secret out of this process's logs from now on."""
+    _met.add(secret)
+
+
 class Redactor:
-    """Hides secrets in text: those it was told, and whatever follows `Bearer` or looks like a hub token."""
+    """Hides secrets in text: those it was told, those met since, what follows `Bearer` or looks like a hub token."""
 
     def __init__(self, secrets: Iterable[str | None] = ()) -> None:
-        known = [re.escape(each) for each in sorted({secret for secret in secrets if secret}, key=len, reverse=True)]
+        self._told = {secret for secret in secrets if secret}
+        self._compile(frozenset())
+
+    def _compile(self, met: frozenset[str]) -> None:
+        self._met = met
+        known = [re.escape(each) for each in sorted(self._told | met, key=len, reverse=True)]
         borne = "|".join([*known, r"[^\s\"',;]+"])
         parts = [rf"(?P<scheme>\b(?i:bearer)\s+)(?:{borne})", r"\bhf_[A-Za-z0-9]{8,}", *known]
         self._pattern = re.compile("|".join(parts))
 
     def __call__(self, text: str) -> str:
+        if len(self._met) != len(_met):
+            self._compile(frozenset(_met))
         return self._pattern.sub(lambda found: (found["scheme"] or "") + HIDDEN, text)
-
-
-def secrets_of(settings: Settings, token: str) -> list[str]:
-    """What must not be in a log: the keys, and the token between router and replicas."""
-    keys = [key.get_secret_value() for key in (settings.router.api_key, settings.router.admin_key) if key is not None]
-    return [*keys, token]
 
 
 class _Formatter(logging.Formatter):

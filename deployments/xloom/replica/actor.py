@@ -22,7 +22,7 @@ from xloom.replica.engine_metrics import EngineMetrics
 from xloom.replica.mixture_metrics import MixtureMetrics
 from xloom.replica.reconcile import Reconciler
 from xloom.replica.server import ReplicaServer
-from xloom.settings import Settings
+from xloom.settings import Settings, forget_keys
 from xloom.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -40,11 +40,12 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]
         self, settings: Settings, token: str, max_lora_rank: int, store: StoreClient, loopback: bool
     ) -> None:
+        forget_keys()
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._node = ray.get_runtime_context().get_node_id()
         watch = settings.observability
-        logs.configure(watch.logs, "replica", self._replica_id, logs.secrets_of(settings, token))
+        logs.configure(watch.logs, "replica", self._replica_id, [token])
         os.environ.setdefault("VLLM_LOGGING_COLOR", "0")  # it takes Serve's log file for a terminal
         self._drain_timeout_s = settings.replicas.drain_timeout_s
         self._closed = False

@@ -29,6 +29,7 @@ _SCHEMAS = (
     "vllm_xargs",
 )
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+_VALUES = ("log-probabilities in one answer", "logprob_values")
 
 
 def check_body(body: bytes, limits: LimitSettings) -> None:
@@ -39,9 +40,9 @@ def check_body(body: bytes, limits: LimitSettings) -> None:
         _limit(tokens, limits.token_ids, "token ids", "token_ids")
         rest = {name: value for name, value in document.items() if name not in _TOKENS or not _is_tokens(value)}
         _check_shape(rest, limits)
-        _check_fields(document, limits)
+        _check_fields(document, limits, tokens)
         if isinstance(nested := document.get("sampling_params"), dict):
-            _check_fields(nested, limits)
+            _check_fields(nested, limits, tokens)
     else:
         _check_shape(document, limits)
 
@@ -100,7 +101,7 @@ def _check_shape(document: Any, limits: LimitSettings) -> None:
             _limit(depth, limits.json_depth, "levels in the body", "json_depth")
 
 
-def _check_fields(fields: dict[str, Any], limits: LimitSettings) -> None:
+def _check_fields(fields: dict[str, Any], limits: LimitSettings, tokens: int) -> None:
     characters = sum(_characters(fields[name]) for name in _TEXTS if name in fields)
     _limit(characters, limits.prompt_characters, "characters of text", "prompt_characters")
     prompts, messages = _prompts(fields), _messages(fields)
@@ -115,6 +116,10 @@ def _check_fields(fields: dict[str, Any], limits: LimitSettings) -> None:
                 cure = f"Ask for at most {limits.logprobs}."
                 raise XloomError("limit_exceeded", f"`{name}` of the whole vocabulary can't be had.", cure)
             _limit(wanted, limits.logprobs, f"candidates (`{name}`)", "logprobs")
+    _limit(_logprobs(fields, prompts * n, tokens + characters // 2), limits.logprob_values, *_VALUES)
+    if fields.get("return_token_strs"):
+        what = "characters, eightfold as `return_token_strs` makes a string of each"
+        _limit(8 * characters, limits.prompt_characters, what, "prompt_characters")
     for name in _STOPS:
         if isinstance(stops := fields.get(name), list):
             _limit(len(stops), limits.stop_strings, f"entries of `{name}`", "stop_strings")
@@ -133,8 +138,10 @@ def _check_fields(fields: dict[str, Any], limits: LimitSettings) -> None:
 
 def _check_structured(wanted: Any) -> None:
     """The types that vLLM 0.32 takes for granted (`vllm.sampling_params.StructuredOutputsParams`)."""
-    if not isinstance(wanted, dict):
+    if wanted is None:
         return
+    if not isinstance(wanted, dict):
+        raise XloomError("invalid_request", "`structured_outputs` must be an object.", "Send one, with a schema say.")
     choice = wanted.get("choice")
     if choice is not None and not (isinstance(choice, list) and all(isinstance(each, str) for each in choice)):
         raise XloomError("invalid_request", "`structured_outputs.choice` must be a list of strings.", "Send a list.")
@@ -143,6 +150,19 @@ def _check_structured(wanted: Any) -> None:
             raise XloomError("invalid_request", f"`structured_outputs.{name}` must be a string.", "Send a string.")
     if not isinstance(wanted.get("json"), (str, dict, type(None))):
         raise XloomError("invalid_request", "`structured_outputs.json` must be a JSON schema.", "Send an object.")
+
+
+def _logprobs(fields: dict[str, Any], sequences: int, prompt: int) -> int:
+    """How many log-probabilities one answer may hold: of prompts of so many tokens, and of what several sequences get.
+
+    They are made into JSON in one go, 10 us for each, while all other requests wait.
+    """
+    sampled = max([-1, *_numbers(fields, ("logprobs", "top_logprobs")), 0 if fields.get("logprobs") is True else -1])
+    of_prompt = max([-1, *_numbers(fields, ("prompt_logprobs",)), sampled if fields.get("echo") is True else -1])
+    length = max([16, *_numbers(fields, ("max_tokens", "max_completion_tokens", "max_output_tokens"))])
+    copies = max([1, *_numbers(fields, ("n", "best_of"))])
+    generated = sequences * length * (sampled + 1) if sequences > 1 else 0  # of one it is what it turns out to be
+    return max(generated, prompt * copies * (of_prompt + 1))
 
 
 def _characters(value: Any) -> int:

@@ -1,7 +1,7 @@
 """One HTTP connection of a router: uvicorn's, with limits on what may be sent before an application hears of it.
 
 Relies on uvicorn 0.54 `uvicorn.protocols.http.httptools_impl.HttpToolsProtocol`: `connection_made`, `data_received`,
-its parser's callbacks (`on_message_begin`, `on_headers_complete`, `on_body`, `on_message_complete`),
+its parser's callbacks (`on_message_begin`, `on_header`, `on_headers_complete`, `on_body`, `on_message_complete`),
 `on_response_complete`, and its `transport`, `connections`, `cycle`, `headers` and `url`.
 """
 
@@ -18,6 +18,7 @@ from xloom.protocol import XloomError
 from xloom.router.errors import error_body
 from xloom.settings import LimitSettings
 
+HEADERS = 256  # of one request: applications look them up one by one
 LINGER_S = 5.0  # how long the rest of a body that nobody reads is thrown away, so that its sender sees the answer
 
 
@@ -59,6 +60,9 @@ class LimitedConnection(HttpToolsProtocol):
             return
         if self._in_head and self._unparsed > self._limits.header_bytes:
             self._refuse_head()
+        elif self._in_message and self._unparsed > self._limits.header_bytes + 2 * self._limits.body_bytes:
+            what = "The body's chunks and trailers are larger than the body may be."
+            self._refuse(XloomError("body_too_large", what, "Send larger chunks.", 413))
         elif self._in_message and self.cycle is not None and not self._is_answering:
             if self._timer is None:
                 self._timer = self.loop.call_later(LINGER_S, self._abort)
@@ -69,10 +73,14 @@ class LimitedConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = self._in_message = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # trailers of a body in chunks, which nobody reads, would come without a limit
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._in_head = False
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._limits.header_bytes:
+        if size > self._limits.header_bytes or len(self.headers) > HEADERS:
             self._refuse_head()
             return
         self._stop()
@@ -125,7 +133,7 @@ class LimitedConnection(HttpToolsProtocol):
         self.transport.abort()
 
     def _refuse_head(self) -> None:
-        what = f"Request line and headers are over {self._limits.header_bytes} bytes."
+        what = f"Request line and headers are over {self._limits.header_bytes} bytes, or over {HEADERS}."
         self._refuse(XloomError("headers_too_large", what, "Send less.", 431))
 
     def _refuse(self, error: XloomError) -> None:

@@ -18,9 +18,11 @@ from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.draining import Draining
 from xloom.router.errors import CodedErrors
+from xloom.router.exposure import is_loopback
 from xloom.router.front_end import OpenFrontEnd
 from xloom.router.guard import Guard
 from xloom.router.http import Control, attach_routes
+from xloom.router.keys import Keys
 from xloom.router.limits import BodyLimits
 from xloom.router.listener import HttpListener
 from xloom.router.manifest_watch import ManifestWatch
@@ -28,7 +30,7 @@ from xloom.router.request_id import RequestIdMiddleware
 from xloom.router.routes import access, is_open, keep_listed
 from xloom.router.start_failures import engine_failure
 from xloom.router.traffic import Traffic
-from xloom.settings import Settings
+from xloom.settings import Settings, forget_keys
 from xloom.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from xloom.adapters.client import StoreClient
+    from xloom.adapters.source_rules import SourceRules
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +63,12 @@ class Router:
         max_lora_rank: int,
         store: StoreClient,
         open_front_end: OpenFrontEnd,
+        keys: Keys,
+        rules: SourceRules,
     ) -> None:
+        forget_keys()
         watch, base, router_id = settings.observability, settings.model.served_name, f"router-{uuid.uuid4().hex[:8]}"
-        logs.configure(watch.logs, "router", router_id, logs.secrets_of(settings, token))
+        logs.configure(watch.logs, "router", router_id, [token])
         from xloom.router.replica_collector import register
 
         self._replicas = replicas
@@ -91,17 +97,16 @@ class Router:
         await self._manifest.start(FIRST_MANIFEST_S)
         self._dispatcher.newest = lambda ref: self._manifest.ref(ref.name)
         mixtures = settings.xlora_enabled
-        control = Control(settings.model.served_name, max_lora_rank, self._dispatcher, self._manifest, store, mixtures)
+        control = Control(base, max_lora_rank, self._dispatcher, self._manifest, store, rules, mixtures)
         attach_routes(app, control)
         keep_listed(app)
         register(self._dispatcher)
-        limits = settings.router.limits
-        limited = BodyLimits(app, limits)
-        keys = _secret(settings.router.api_key), _secret(settings.router.admin_key)
-        guarded = Guard(limited, partial(access, app), *keys)
-        coded = CodedErrors(guarded, uncounted=is_open)
+        endpoint = settings.router
+        limited = BodyLimits(app, endpoint.limits)
+        guarded = Guard(limited, partial(access, app), keys, local=is_loopback(endpoint.host))
+        coded = CodedErrors(guarded, uncounted=is_open, reword=self._front_end.reword)
         identified = RequestIdMiddleware(coded, tracing=self._tracing, lines=watch.logs.requests)
-        self._listener = HttpListener(identified, settings.router.host, settings.router.port, limits)
+        self._listener = HttpListener(identified, endpoint.host, endpoint.port, _deployment(), endpoint.limits)
         app.state.server = self._listener.server
         self._dispatcher.start()
         await self._listener.start()
@@ -187,5 +192,10 @@ async def answers(asked: Sequence[ReplicaResult], timeout_s: float) -> list[Any]
     return [call.result() for call in calls if call in done and not call.cancelled() and call.exception() is None]
 
 
-def _secret(key: Any) -> str | None:
-    return key.get_secret_value() if key is not None else None
+def _deployment() -> str:
+    """What the routers of one deployment have in common, also over a redeploy, and no others on the machine."""
+    import ray
+    from ray import serve
+
+    session = ray.get_runtime_context().get_session_name()
+    return f"{session} {serve.get_replica_context().app_name}"

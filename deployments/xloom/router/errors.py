@@ -20,7 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _BY_STATUS = {
     400: "invalid_request",
     401: "invalid_api_key",
-    403: "admin_key_required",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
@@ -89,9 +89,14 @@ class CodedErrors:
     """
 
     def __init__(
-        self, app: App, *, uncounted: Callable[[str], bool] = lambda path: False, recorder: Recorder = RECORDER
+        self,
+        app: App,
+        *,
+        uncounted: Callable[[str], bool] = lambda path: False,
+        reword: Callable[[str], str] = lambda message: message,
+        recorder: Recorder = RECORDER,
     ) -> None:
-        self._app, self._uncounted, self._recorder = app, uncounted, recorder
+        self._app, self._uncounted, self._reword, self._recorder = app, uncounted, reword, recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,7 +117,7 @@ class CodedErrors:
                 body.extend(message.get("body", b""))
                 if message.get("more_body", False):
                     return
-                code, coded = _coded(start["status"], bytes(body))
+                code, coded = _coded(start["status"], bytes(body), self._reword)
                 if f"{scope.get('path', '')}/".startswith(f"{_ANTHROPIC}/"):
                     coded = _as_anthropic(start["status"], coded)
                 self._count(scope, start["status"], code)
@@ -149,8 +154,8 @@ def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
     return any(name.lower() == b"content-type" and b"json" in value for name, value in headers)
 
 
-def _coded(status: int, body: bytes) -> tuple[str, bytes]:
-    """The code of an error answer, and the answer with it."""
+def _coded(status: int, body: bytes, reword: Callable[[str], str]) -> tuple[str, bytes]:
+    """The code of an error answer, and the answer with it; a message that is not ours is reworded."""
     try:
         answer = json.loads(body)
     except ValueError:
@@ -166,7 +171,7 @@ def _coded(status: int, body: bytes) -> tuple[str, bytes]:
     code = code_for(status, message, param)
     answer = {
         "error": {
-            "message": message,
+            "message": reword(message),
             "type": error_type(status),
             "param": param,
             "code": code,

@@ -18,6 +18,9 @@ class FrontEnd(Protocol):
     def take(self, manifest: Manifest) -> None:
         """Serve a manifest's entries from now on."""
 
+    def reword(self, message: str) -> str:
+        """A message of the front end's in the words of the settings."""
+
     async def check_health(self) -> None:
         """Raise when it no longer works."""
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, FastAPI, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
+from xloom.adapters.source_rules import SourceRules
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.dispatch import Dispatcher
 from xloom.router.manifest_watch import ManifestWatch
@@ -34,6 +36,7 @@ class Store(Protocol):
         max_rank: int | None = None,
         verify: bool = False,
         mixtures: bool = True,
+        rules: SourceRules | None = None,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
     async def revert(self, name: str, generation: str) -> Entry | None: ...
@@ -43,10 +46,23 @@ class Store(Protocol):
     async def residency(self) -> dict[str, ReplicaReport]: ...
 
 
-class LoadAdapter(BaseModel):
-    """vLLM's body of the route, and what a bundle may override."""
+class _Lenient(BaseModel):
+    """A body whose further fields are ignored, as vLLM's are, but for those that look like a slip of the pen."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_slips(cls, body: Any) -> Any:
+        fields = cls.model_fields
+        for name in body if isinstance(body, dict) else ():
+            if name not in fields and (near := difflib.get_close_matches(name, fields, n=1, cutoff=0.75)):
+                raise ValueError(f"{name!r} is no field here: did you mean {near[0]!r}?")
+        return body
+
+
+class LoadAdapter(_Lenient):
+    """vLLM's body of the route, and what a bundle may override."""
 
     lora_name: str
     lora_path: str
@@ -61,10 +77,8 @@ class LoadAdapter(BaseModel):
     verify: bool = False  # each replica proves it before serving it
 
 
-class UnloadAdapter(BaseModel):
+class UnloadAdapter(_Lenient):
     """vLLM's body of the route."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: str
     lora_int_id: int | None = None  # vLLM's; names are enough here
@@ -79,6 +93,7 @@ class Control:
     dispatcher: Dispatcher
     manifest: ManifestWatch
     store: Store
+    rules: SourceRules  # for what is added at run time
     mixtures: bool = True  # whether the engines serve X-LoRA bundles
 
     async def add(self, wanted: LoadAdapter) -> Entry:
@@ -93,6 +108,7 @@ class Control:
             max_rank=self.max_lora_rank,
             verify=wanted.verify,
             mixtures=self.mixtures,
+            rules=self.rules,
         )
         try:
             timeout_s = VERIFIED_TIMEOUT_S if entry.verify else RESIDENT_TIMEOUT_S

@@ -27,8 +27,8 @@ class BodyLimits:
             body = await self._read(headers, receive)
             if body is None:
                 return  # the client has left
-            kind = headers.get(b"content-type")
-            if body and (kind is None or b"json" in kind.lower()):
+            kinds = [value.lower() for name, value in scope["headers"] if name == b"content-type"]
+            if body and (not kinds or any(b"json" in kind for kind in kinds)):  # whichever of them the app reads
                 body = body.removeprefix(BOM)
                 if len(body) > _ASIDE:
                     await asyncio.to_thread(check_body, body, self._limits)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Iterator
 from math import ceil
 
 import uvicorn
 
-from xloom.protocol import XloomError
 from xloom.router.connection import limited
 from xloom.router.errors import App
+from xloom.router.port_claim import PortClaim
 from xloom.settings import LimitSettings
 
 CLOSE = (b"connection", b"close")
@@ -27,10 +26,12 @@ class _Server(uvicorn.Server):
 
 
 class HttpListener:
-    """Serves an ASGI app on a host and port that several routers of a machine may share."""
+    """Serves an ASGI app on a host and port that one deployment's routers of a machine share."""
 
-    def __init__(self, app: App, host: str, port: int, limits: LimitSettings) -> None:
-        self._socket = _bind(host, port)
+    def __init__(self, app: App, host: str, port: int, owner: str, limits: LimitSettings) -> None:
+        """`owner` names the deployment. Raises `XloomError` (port_in_use)."""
+        self._claim = PortClaim(host, port, owner)
+        self._socket = self._claim.socket
         config = uvicorn.Config(
             app,
             http=limited(limits),
@@ -84,20 +85,4 @@ class HttpListener:
         self.server.should_exit = True
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
-        self._socket.close()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        cure = "Choose another with --port."
-        raise XloomError("port_in_use", f"{host}:{port} can't be bound: {error}", cure) from None
-    bound.listen(2048)
-    bound.setblocking(False)
-    return bound
+        self._claim.close()

@@ -1,10 +1,11 @@
-"""vLLM's own metrics through Ray's exporter, as `ray_vllm_*`, each from where it is known.
+"""vLLM's own metrics, each from where it is known: at a router's /metrics, and through Ray's exporter as `ray_vllm_*`.
 
 The router knows what happens to requests, a replica what its scheduler does; the label `room` says which it is.
 vLLM's wrappers call Ray for every token: here the metrics they make are series of our recorder.
 
 Relies on vLLM 0.32: `vllm.v1.metrics.ray_wrappers` (`RayPrometheusStatLogger`, `_get_replica_id`, its label `ReplicaId`
-and the characters it allows) and the attributes of `vllm.v1.metrics.loggers.PrometheusStatLogger` named below.
+and the characters it allows); the attributes and metrics of `vllm.v1.metrics.loggers.PrometheusStatLogger` named below,
+which it makes by keyword with `_gauge_cls`, `_counter_cls` and `_histogram_cls`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger, _get_replica_id
 
 from xloom.observability.recorder import RECORDER, Series
@@ -22,13 +25,20 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-# Taken from the time a request was scheduled, or from whole engine steps: a router knows neither.
-_UNKNOWN_TO_ROUTERS = (
-    "histogram_queue_time_request",
-    "histogram_prefill_time_request",
-    "histogram_inference_time_request",
-    "histogram_request_num_preemptions",
-    "histogram_iteration_tokens",
+_UNKNOWN_TO_ROUTERS = ("histogram_iteration_tokens",)  # of whole engine steps
+# What a router's /metrics leaves out: it is not known there, or of things that xloom does not have.
+LEFT_OUT = frozenset(
+    {
+        "vllm:num_requests_waiting_by_reason",
+        "vllm:engine_sleep_state",
+        "vllm:external_prefix_cache_queries",
+        "vllm:external_prefix_cache_hits",
+        "vllm:mm_cache_queries",
+        "vllm:mm_cache_hits",
+        "vllm:admission_rejections",
+        "vllm:iteration_tokens_total",
+        "vllm:lora_requests_info",  # and vllm:cache_config_info, which `log_engine_initialized` would make
+    }
 )
 
 
@@ -62,8 +72,24 @@ class _Nothing:
         pass
 
 
+def _scraped(kind: Any, name: str, **options: Any) -> Any:
+    """A metric of prometheus_client; one that is left out is in no registry."""
+    return kind(name, registry=None if name in LEFT_OUT else REGISTRY, **options)
+
+
+class ScrapedStatLogger(PrometheusStatLogger):
+    """A router's, at its /metrics: requests, and the replicas' reports."""
+
+    _gauge_cls = partial(_scraped, Gauge)
+    _counter_cls = partial(_scraped, Counter)
+    _histogram_cls = partial(_scraped, Histogram)
+
+    def log_engine_initialized(self) -> None:
+        """There are no pages here."""
+
+
 class RequestStatLogger(RayPrometheusStatLogger):
-    """A router's: requests, their tokens and latencies."""
+    """A router's, through Ray: requests, their tokens and latencies."""
 
     _gauge_cls = partial(_Figure, "gauge", "router")
     _counter_cls = partial(_Figure, "counter", "router")

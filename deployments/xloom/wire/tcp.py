@@ -6,6 +6,7 @@ import asyncio
 
 from xloom.protocol import XloomError
 from xloom.wire.channel import Channel, Serve
+from xloom.wire.greeting import GREETING_TIMEOUT_S
 from xloom.wire.tls import client_context, server_context
 
 MAX_UNSENT = 256 * 1024 * 1024  # bytes a peer may leave unread before it counts as lost
@@ -76,7 +77,9 @@ class TcpTransport:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await serve(TcpChannel(reader, writer))
 
-        return _TcpListening(await asyncio.start_server(accept, host, 0, ssl=server_context()))
+        context = server_context()
+        limit_s = None if context is None else GREETING_TIMEOUT_S  # `serve` begins when the handshake is done
+        return _TcpListening(await asyncio.start_server(accept, host, 0, ssl=context, ssl_handshake_timeout=limit_s))
 
 
 TCP = TcpTransport()

@@ -4,6 +4,7 @@
   "router" (include "xloom.ownRouter" . | fromJson)
   "store" (dict "path" "/var/lib/xloom/store" "cache" "/var/cache/xloom/adapters") -}}
 {{- if .Values.settings.isq }}{{ $_ := set $ours "isq" (dict "cache" "/var/cache/xloom/quantised") }}{{ end -}}
+{{- if and .Values.auth.allowAnonymous (not .Values.auth.existingSecret) }}{{ $_ := set $ours.router "allow_anonymous" true }}{{ end -}}
 {{- mergeOverwrite $ours (deepCopy .Values.settings) | toJson -}}
 {{- end -}}
 

@@ -106,7 +106,7 @@ def sample_settings(folder: Path, port: int, sections: dict[str, Any]) -> Path:
     """The sample's settings file, with these sections instead of its own."""
     sample = load_settings(None, with_keys=False).model_dump(include={"model", "adapters", "xlora"}, exclude_none=True)
     sample["adapters"].append({"name": "wide", "source": str(write_adapter(folder / "wide", TOO_WIDE))})
-    stores = {"path": str(folder / "store"), "cache": str(folder / "cache")}
+    stores = {"path": str(folder / "store"), "cache": str(folder / "cache"), "sources": ["/"]}
     file = folder / "settings.yaml"
     file.write_text(yaml.safe_dump(sample | {"router": {"port": port}, "store": stores} | sections))
     return file

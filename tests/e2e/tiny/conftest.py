@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from ..served import Served
+from ..served import ADMIN_KEY, API_KEY, Served
 from ..weights import Weights, settings_for
 
 
 @pytest.fixture(scope="package")
 def server(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """At its end, Ctrl-C must stop it in time and leave nothing behind."""
-    served = Served(tmp_path_factory.mktemp("served"), settings_for(weights))
+    keys = {"XLOOM_API_KEY": API_KEY, "XLOOM_ADMIN_KEY": ADMIN_KEY}
+    served = Served(tmp_path_factory.mktemp("served"), settings_for(weights, router={}), **keys)
     served.wait_ready()
     yield served
     served.stop()

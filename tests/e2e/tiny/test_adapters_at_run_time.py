@@ -38,22 +38,23 @@ def assert_gone(server: Served, name: str) -> None:
     assert not any(key.startswith(f"{name}@") for key in server.status()["replicas"][0]["stats"]["adapters"])
 
 
+@pytest.mark.parametrize("name", ["gamma", "org/gamma"])  # the second as on the hub: never a path
 def test_an_added_adapter_serves_at_once_and_a_removed_one_is_gone(
-    server: Served, weights: Weights, tmp_path: Path
+    server: Served, weights: Weights, tmp_path: Path, name: str
 ) -> None:
     adapter = tiny_adapter(tmp_path / "gamma", weights.base, seed=21, **ADAPTERS[2])
-    answer = server.load("gamma", adapter)
+    answer = server.load(name, adapter)
     assert answer.status_code == 200, answer.text
-    tokens = server.greedy("gamma", PROMPT, NEW_TOKENS)
+    tokens = server.greedy(name, PROMPT, NEW_TOKENS)
     assert tokens == peft_greedy(peft_lora(weights.base, adapter), PROMPT, NEW_TOKENS)
     cards = {model.id: model.model_extra or {} for model in server.openai.models.list()}
-    assert cards["gamma"]["kind"] == "lora"
+    assert cards[name]["kind"] == "lora"
     listed = {each["name"]: each for each in server.status()["adapters"]}
-    assert (listed["gamma"]["rank"], listed["gamma"]["replicas"]) == (ADAPTERS[2]["rank"], 1)
+    assert (listed[name]["rank"], listed[name]["replicas"]) == (ADAPTERS[2]["rank"], 1)
 
-    answer = server.unload("gamma")
+    answer = server.unload(name)
     assert answer.status_code == 200, answer.text
-    assert_gone(server, "gamma")
+    assert_gone(server, name)
 
 
 def test_what_is_verified_serves_once_it_has_passed(server: Served, weights: Weights, tmp_path: Path) -> None:

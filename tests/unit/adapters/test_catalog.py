@@ -5,7 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import fsspec
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.models import ATTENTION, tiny_adapter, tiny_bundle, tiny_model
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.manifest import generation_of
+from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.sources import Limits
 from xloom.protocol import Overrides, XloomError, adapter_key, adapter_number
 
@@ -191,7 +195,10 @@ def test_files_stay_until_the_last_name_is_removed(open_catalog: Open, lora: Pat
     assert (caught.value.code, caught.value.status) == ("adapter_not_found", 404)
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", "", ".hidden", "x" * 65, "a b", "a\n", "a@b", "naïve"])
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "a/../b", "a//b", "/a", "a/", "a/b/c", "a/.b", "", ".hidden", "x" * 65, "a b", "a\n", "a@b", "naïve"],
+)
 def test_names_with_path_parts_and_the_like_are_refused(open_catalog: Open, lora: Path, name: str) -> None:
     error = refused(open_catalog(), name, lora)
     assert (error.code, error.status) == ("invalid_adapter_name", 400)
@@ -264,7 +271,7 @@ def test_kinds_are_told_apart(open_catalog: Open, lora: Path, bundle: Path) -> N
 
 
 def test_a_source_over_the_limits_is_refused(open_catalog: Open, lora: Path) -> None:
-    assert refused(open_catalog(limits=Limits(size=10)), "code", lora).code == "source_too_large"
+    assert refused(open_catalog(), "code", lora, rules=SourceRules(limits=Limits(size=10))).code == "source_too_large"
 
 
 def test_a_full_disk_while_committing_changes_nothing(
@@ -345,6 +352,20 @@ def test_a_source_that_is_another_by_now_mends_nothing(
         assert caught.value.code == "generation_damaged"
         assert str(source) in caught.value.message
     assert catalog.entries() == (entry,)
+
+
+def test_files_are_fetched_again_under_the_rules_they_were_added_under(
+    open_catalog: Open, lora: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(lora, tmp_path / "allowed" / "code")
+    catalog = open_catalog()
+    entry = catalog.add("code", str(source), rules=SourceRules((str(tmp_path / "allowed"),)))
+    shutil.rmtree(tmp_path / "store/prepared" / entry.generation)
+    shutil.rmtree(source)
+    source.symlink_to(lora)
+    with pytest.raises(XloomError, match="does not take adapters from") as caught:
+        catalog.mend(entry.generation)
+    assert caught.value.code == "generation_damaged"
 
 
 def test_adding_what_is_there_mends_its_damaged_files(open_catalog: Open, lora: Path, tmp_path: Path) -> None:
@@ -433,3 +454,23 @@ def test_what_left_the_settings_file_goes_and_what_was_added_at_run_time_stays(o
     assert [entry.name for entry in catalog.entries()] == ["kept", "added", "claimed"]
     assert [entry.name for entry in catalog.prune([])] == ["kept", "claimed"]
     assert catalog.prune([]) == []
+
+
+def test_the_weights_of_one_source_at_a_time_are_in_memory(
+    open_catalog: Open, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xloom.mixtures import prepare
+
+    catalog, read, met, both = open_catalog(), prepare.prepare_lora, [], Barrier(2)
+
+    def reading(*arguments: Any, **options: Any) -> Any:
+        with suppress(BrokenBarrierError):
+            both.wait(1)
+            met.append(1)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(prepare, "prepare_lora", reading)
+    with ThreadPoolExecutor(2) as pool:
+        adding = [pool.submit(catalog.add, name, str(lora)) for name in ("code", "law")]
+        assert [each.result().name for each in adding] == ["code", "law"]
+    assert not met

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +15,21 @@ import pytest
 from huggingface_hub import errors
 
 from xloom.adapters import sources
+from xloom.adapters.source_rules import SourceRules
 from xloom.protocol import XloomError
+
+
+def weights(size: int) -> bytes:
+    """A safetensors file of one tensor of so many bytes."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
 
 
 def make_source(folder: Path) -> Path:
     (folder / "0").mkdir(parents=True)
     (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    (folder / "0" / "adapter_model.safetensors").write_bytes(b"inner")
+    (folder / "adapter_model.safetensors").write_bytes(weights(7))
+    (folder / "0" / "adapter_model.safetensors").write_bytes(weights(5))
     (folder / "README.md").write_text("not an adapter file")
     return folder
 
@@ -34,7 +45,7 @@ KEPT = {"adapter_config.json", "adapter_model.safetensors", "0/adapter_model.saf
 def test_a_local_folder_gives_its_json_and_safetensors_alone(tmp_path: Path, prefix: str) -> None:
     sources.fetch(f"{prefix}{make_source(tmp_path / 'source')}", tmp_path / "into")
     assert names_in(tmp_path / "into") == KEPT
-    assert (tmp_path / "into/0/adapter_model.safetensors").read_bytes() == b"inner"
+    assert (tmp_path / "into/0/adapter_model.safetensors").read_bytes() == weights(5)
 
 
 def test_an_fsspec_url_gives_the_same_files(tmp_path: Path) -> None:
@@ -45,6 +56,26 @@ def test_an_fsspec_url_gives_the_same_files(tmp_path: Path) -> None:
     finally:
         memory.rm("/bucket", recursive=True)
     assert names_in(tmp_path / "into") == KEPT
+
+
+def test_a_folder_of_an_http_server_gives_the_same_files(tmp_path: Path) -> None:
+    handler = partial(_Quiet, directory=str(make_source(tmp_path / "source")))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        try:
+            sources.fetch(url, tmp_path / "into")
+            sources.fetch(f"{url}/0/", tmp_path / "inner")
+        finally:
+            server.shutdown()
+    assert names_in(tmp_path / "into") == KEPT
+    assert (tmp_path / "into/0/adapter_model.safetensors").read_bytes() == weights(5)
+    assert names_in(tmp_path / "inner") == {"adapter_model.safetensors"}
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -74,7 +105,7 @@ def test_a_failing_filesystem_is_source_unreachable(tmp_path: Path, monkeypatch:
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "find", fail)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "ls", fail)
     with pytest.raises(XloomError) as caught:
         sources.fetch("memory://bucket/adapter", tmp_path)
     assert caught.value.code == "source_unreachable"
@@ -123,7 +154,7 @@ def test_links_within_the_folder_are_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limits", [sources.Limits(files=2), sources.Limits(size=10)])
 def test_a_source_over_the_limits_is_refused_before_it_is_copied(tmp_path: Path, limits: sources.Limits) -> None:
     with pytest.raises(XloomError) as caught:
-        sources.fetch(str(make_source(tmp_path / "source")), tmp_path / "into", limits)
+        sources.fetch(str(make_source(tmp_path / "source")), tmp_path / "into", SourceRules(limits=limits))
     assert caught.value.code == "source_too_large"
     assert not names_in(tmp_path / "into")
 
@@ -162,7 +193,8 @@ def test_a_hub_repository_is_copied_from_its_snapshot(tmp_path: Path, monkeypatc
     sources.fetch("org/name@main", tmp_path / "into")
     assert names_in(tmp_path / "into") == KEPT
     assert not any(path.is_symlink() for path in (tmp_path / "into").rglob("*"))
-    assert calls == [{"name": "org/name", "revision": "abc", "allow_patterns": ["*.json", "*.safetensors"]}]
+    wanted = {"allow_patterns": ["*.json", "*.safetensors"], "local_files_only": False}
+    assert calls == [{"name": "org/name", "revision": "abc"} | wanted]
 
 
 def test_a_hub_that_is_down_gives_what_its_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +207,7 @@ def test_a_hub_that_is_down_gives_what_its_cache_has(tmp_path: Path, monkeypatch
     sources.fetch("org/name", tmp_path / "into")
     assert names_in(tmp_path / "into") == KEPT
     assert calls[0]["revision"] is None
+    assert calls[0]["local_files_only"] is True  # of what was not listed nobody knows the size
 
 
 @pytest.mark.parametrize("kind", ["RepositoryNotFoundError", "GatedRepoError"])
@@ -209,6 +242,6 @@ def test_a_hub_repository_is_refused_by_its_listing_without_download(
 def test_a_registered_scheme_is_served_by_its_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_SCHEMES", dict(sources._SCHEMES))
     seen = []
-    sources.register("oci", lambda address, into, limits: seen.append(address))
+    sources.register("oci", lambda address, into, budget: seen.append(address))
     sources.fetch("oci://registry/adapter", tmp_path)
     assert seen == ["oci://registry/adapter"]

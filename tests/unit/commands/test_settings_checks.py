@@ -56,7 +56,7 @@ def test_a_rank_that_the_engines_have_no_room_for_is_found() -> None:
         ({}, "ok"),
         ({"host": "localhost"}, "ok"),
         ({"host": "0.0.0.0"}, "warn"),
-        ({"host": "0.0.0.0", "api_key": "a"}, "warn"),
+        ({"host": "0.0.0.0", "api_key": "a"}, "ok"),
         ({"host": "0.0.0.0", "admin_key": "b"}, "warn"),
         ({"host": "0.0.0.0", "api_key": "a", "admin_key": "b"}, "ok"),
     ],

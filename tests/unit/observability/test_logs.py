@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from xloom.observability import logs
-from xloom.settings import LogSettings, parse_settings
+from xloom.settings import LogSettings
 
 SECRET = "s3cr3t-key"
 TOUCHED = ("ray.serve", "xloom", "opentelemetry")
@@ -165,9 +165,13 @@ def test_a_secret_that_json_would_escape_is_hidden(serve_file: io.StringIO) -> N
     assert "quo" not in serve_file.getvalue()
 
 
-def test_the_keys_and_the_data_paths_token_are_secrets() -> None:
-    settings = parse_settings({"router": {"api_key": "user", "admin_key": "admin"}})
-    assert logs.secrets_of(settings, "token") == ["user", "admin", "token"]
+def test_a_key_that_a_client_has_sent_is_hidden_from_then_on(serve_file: io.StringIO) -> None:
+    configure("json", "INFO")
+    logs.hide("sent-by-a-client")
+    logging.getLogger("xloom.x").info("model %s", "sent-by-a-client", extra=logs.fields(given="sent-by-a-client"))
+    [line] = lines(serve_file)
+    assert line["message"] == f"model {logs.HIDDEN}"
+    assert "sent-by-a-client" not in serve_file.getvalue()
 
 
 def test_the_level_holds_and_serves_own_records_have_the_same_format(serve_file: io.StringIO) -> None:

@@ -31,6 +31,10 @@ GOOD: list[dict[str, Any]] = [
     {"prompt": "Hello", "max_tokens": 4, "stop": ["\n"], "logit_bias": {"5": 1.5}, "n": 2, "logprobs": 5},
     {"prompt": [65] * 131_072},
     {"prompt": [[65, 66], [67]]},
+    {"prompt": [65] * 8000, "echo": True, "logprobs": 1, "max_tokens": 1},
+    {"prompt": "a" * 20_000, "prompt_logprobs": 5, "n": 1},
+    {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 20, "max_tokens": 32_000},
+    {"prompt": ["a"] * 64, "n": 2, "logprobs": 5, "max_tokens": 16},
     {"prompt": ["a", "b"], "temperature": 1e-3, "seed": 2**63 - 1},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello \U0001f600"}]}] * 100},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(12)}}] * 20},
@@ -60,6 +64,12 @@ def test_what_people_ask_for_passes(body: dict[str, Any]) -> None:
         ({"prompt": "a", "n": 129}, "n"),
         ({"prompt": "a", "best_of": 10**6}, "n"),
         ({"prompt": "a", "prompt_logprobs": 10**6}, "logprobs"),
+        ({"prompt": [65] * 8000, "prompt_logprobs": 20}, "logprob_values"),
+        ({"prompt": [[65] * 2000] * 100, "echo": True, "logprobs": 1}, "logprob_values"),
+        ({"token_ids": [65] * 8000, "sampling_params": {"prompt_logprobs": 20}}, "logprob_values"),
+        ({"prompt": "a" * 200_000, "prompt_logprobs": 0, "n": 2}, "logprob_values"),
+        ({"prompt": "a", "n": 128, "max_tokens": 8000, "logprobs": 20}, "logprob_values"),
+        ({"prompt": "a" * 100_000, "return_token_strs": True}, "prompt_characters"),
         ({"prompt": "a", "stop": ["a"] * 65}, "stop_strings"),
         ({"prompt": "a", "bad_words": ["a"] * 65}, "stop_strings"),
         ({"prompt": "a", "stop": "a" * 1025}, "stop_characters"),
@@ -158,3 +168,28 @@ def test_the_largest_body_is_checked_in_no_time() -> None:
     began = time.thread_time()
     check_body(body, LIMITS)
     assert time.thread_time() - began < 0.5  # of the CPU; it happens in a thread
+
+
+@pytest.mark.parametrize(
+    "kinds", [(b"application/json", b"text/plain"), (b"text/plain", b"application/json"), (b"Application/X+JSON",), ()]
+)
+async def test_a_second_content_type_hides_no_body(kinds: tuple[bytes, ...]) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("reached")
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"n": 1000000}', "more_body": False}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", kind) for kind in kinds]
+    await BodyLimits(app, LIMITS)({"type": "http", "method": "POST", "headers": headers}, receive, send)
+    assert json.loads(sent[1]["body"])["error"]["code"] == "limit_exceeded"
+
+
+@pytest.mark.parametrize("wanted", ["", 0, True, [], {"choice": "a"}, {"regex": 1}, {"json": []}])
+def test_structured_output_of_another_type_is_refused(wanted: Any) -> None:
+    assert refusal({"prompt": "a", "structured_outputs": wanted}).code == "invalid_request"

@@ -38,7 +38,7 @@ async def listening(**limits: Any) -> AsyncIterator[HttpListener]:
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         await (app if scope.get("path") == "/refused" else limited)(scope, receive, send)
 
-    listener = HttpListener(guarded, "127.0.0.1", 0, settings)
+    listener = HttpListener(guarded, "127.0.0.1", 0, "mine", settings)
     await listener.start()
     try:
         yield listener
@@ -79,6 +79,25 @@ async def test_a_header_without_end_is_refused_as_it_comes() -> None:
         assert (status, code(body)) == (431, "headers_too_large")
         status, body = await talk(listener, b"GET /" + b"a" * 5000)
         assert (status, code(body)) == (431, "headers_too_large")
+
+
+async def test_more_headers_than_anybody_needs_are_refused() -> None:
+    async with listening() as listener:
+        lines = b"".join(b"x-%d: a\r\n" % number for number in range(300))
+        status, body = await talk(listener, HEAD + lines + b"connection: close\r\n\r\n")
+        assert (status, code(body)) == (431, "headers_too_large")
+
+
+async def test_trailers_and_the_frames_of_chunks_count_too() -> None:
+    head = HEAD + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    async with listening(body_bytes=100_000, header_bytes=4096) as listener:
+        status, body = await talk(listener, head + b"4\r\n1234\r\n0\r\nx-one: a\r\n\r\n")
+        assert (status, body.split(b"\r\n")[1]) == (200, b"4")
+        for endless in (b"x: a\r\n" * 1000, b";" + b"x" * 6000):
+            parts = [head, b"4\r\n1234\r\n0" + (b"\r\n" if endless[:1] == b"x" else b""), *[endless] * 200]
+            status, body = await talk(listener, *parts)
+            assert status in (0, 413)  # cut off while it was still sending
+            assert not body or code(body) == "body_too_large"
 
 
 async def test_a_head_that_is_not_sent_in_time_is_given_up() -> None:

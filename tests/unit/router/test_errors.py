@@ -14,7 +14,7 @@ from xloom.router.routes import is_open
 
 
 async def answer(
-    status: int, body: bytes, content_type: bytes = b"application/json"
+    status: int, body: bytes, content_type: bytes = b"application/json", **options: Any
 ) -> tuple[int, bytes, dict[bytes, bytes]]:
     """What comes out when the app inside answers so, in two pieces."""
     sent: list[Message] = []
@@ -31,7 +31,7 @@ async def answer(
     async def receive() -> Message:
         return {"type": "http.disconnect"}
 
-    await CodedErrors(app)({"type": "http"}, receive, send)
+    await CodedErrors(app, **options)({"type": "http"}, receive, send)
     content = b"".join(message.get("body", b"") for message in sent[1:])
     return sent[0]["status"], content, dict(sent[0]["headers"])
 
@@ -42,6 +42,7 @@ async def answer(
         (400, {"message": "This model's maximum context length is 8 tokens.", "code": 400}, "context_length_exceeded"),
         (404, {"message": "The model `x` does not exist.", "param": "model", "code": 404}, "model_not_found"),
         (404, {"message": "Not Found", "code": 404}, "not_found"),
+        (403, {"message": "This is not for you.", "code": 403}, "forbidden"),  # which no admin key would cure
         (400, {"message": "temperature must be in [0, 2]", "code": 400}, "invalid_request"),
         (500, {"message": "oops", "code": 500}, "internal_error"),
         (503, {"message": "busy", "code": 503}, "unavailable"),
@@ -54,6 +55,13 @@ async def test_each_error_has_the_code_that_fits(status: int, error: dict[str, A
     assert json.loads(body)["error"]["code"] == code
     assert json.loads(body)["error"]["message"] == error["message"]
     assert int(headers[b"content-length"]) == len(body)
+
+
+async def test_a_message_of_the_front_ends_is_reworded_and_one_of_ours_is_not() -> None:
+    for code, told in ((400, "SET --FLAG"), ("limit_exceeded", "Set --flag")):
+        error = {"error": {"message": "Set --flag", "code": code}}
+        _, body, _ = await answer(400, json.dumps(error).encode(), reword=str.upper)
+        assert json.loads(body)["error"]["message"] == told
 
 
 async def test_bare_texts_get_the_shape() -> None:

@@ -11,13 +11,20 @@ from fastapi import FastAPI
 
 from xloom.router.errors import CodedErrors
 from xloom.router.guard import Guard, refusal
+from xloom.router.keys import KeyDigest, Keys
 from xloom.router.routes import ROUTES, Access, access, is_open, keep_listed
 
 API, ADMIN = "user-key", "admin-key"
 
 
-def code(wanted: Access, key: str | None, api: str | None = API, admin: str | None = ADMIN) -> str | None:
-    error = refusal(wanted, f"Bearer {key}" if key else "", api, admin)
+def digest(key: str | None) -> KeyDigest | None:
+    return KeyDigest.of(key) if key else None
+
+
+def code(
+    wanted: Access, key: str | None, api: str | None = API, admin: str | None = ADMIN, *, local: bool = True
+) -> str | None:
+    error = refusal(wanted, f"Bearer {key}" if key else "", Keys(digest(api), digest(admin)), local=local)
     return error.code if error else None
 
 
@@ -40,13 +47,20 @@ def test_adapter_routes_need_the_admin_key() -> None:
     assert code(Access.ADMIN, None, api=None) == "invalid_api_key"
 
 
-def test_without_keys_all_is_open() -> None:
-    assert code(Access.USER, None, api=None, admin=None) is None
+def test_an_api_key_is_no_admin_key() -> None:
+    assert code(Access.ADMIN, API, admin=None) == "admin_key_required"
+    assert code(Access.ADMIN, "wrong", admin=None) == "invalid_api_key"
+    assert code(Access.ADMIN, None, admin=None) == "invalid_api_key"
+
+
+def test_without_keys_adapters_are_changed_by_this_machines_users_alone() -> None:
+    assert code(Access.USER, None, api=None, admin=None, local=False) is None
+    assert code(Access.ADMIN, None, api=None, admin=None, local=False) == "admin_key_required"
     assert code(Access.ADMIN, None, api=None, admin=None) is None
 
 
 def test_a_key_under_another_scheme_is_no_key() -> None:
-    error = refusal(Access.USER, f"Basic {API}", API, None)
+    error = refusal(Access.USER, f"Basic {API}", Keys(digest(API)), local=True)
     assert error is not None
     assert error.status == 401
 
@@ -69,7 +83,7 @@ async def stranger() -> str:
     return "a stranger's"
 
 
-def client(root_path: str = "") -> httpx.AsyncClient:
+def client(root_path: str = "", keys: Keys | None = None, host: str = "router") -> httpx.AsyncClient:
     """An application with routes of its own, of vLLM's and of nobody's, behind the guard."""
     app = FastAPI(root_path=root_path)
     app.add_api_route("/v1/load_lora_adapter", stranger, methods=["POST"])
@@ -78,8 +92,9 @@ def client(root_path: str = "") -> httpx.AsyncClient:
     app.add_api_route("/health", handler, methods=["GET"])
     app.add_api_route("/v1/responses/{response_id}", handler, methods=["GET"])
     keep_listed(app)
-    guarded: Any = CodedErrors(Guard(app, partial(access, app), API, ADMIN))
-    return httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://router")
+    keys = keys or Keys(digest(API), digest(ADMIN))
+    guarded: Any = CodedErrors(Guard(app, partial(access, app), keys, local=True))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url=f"http://{host}")
 
 
 PATHS = [
@@ -122,3 +137,17 @@ async def test_routes_ask_for_what_the_list_says() -> None:
         assert (await http.get("/v1/load_lora_adapter")).status_code == 401  # another method of it
         assert (await http.post("/v1/completions", headers={"x-api-key": API})).status_code == 200
     assert ROUTES["/v1/unload_lora_adapter"] is Access.ADMIN
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [("127.0.0.1:8000", None, 200), ("[::1]:8000", None, 200), ("localhost", "http://localhost", 200),
+     ("127.0.0.1:8000", "https://page.example", 403), ("127.0.0.1:8000", "null", 403),
+     ("127.0.0.1:8000", "http://127.0.0.1:3000", 403), ("page.example", None, 403),
+     ("page.example", "http://page.example", 403)],
+)  # fmt: skip
+async def test_without_keys_no_web_page_changes_adapters(host: str, origin: str | None, status: int) -> None:
+    headers = {"Origin": origin} if origin else {}
+    async with client(keys=Keys(), host=host) as http:
+        assert (await http.post("/v1/load_lora_adapter", headers=headers)).status_code == status
+        assert (await http.post("/v1/completions", headers=headers)).status_code == 200

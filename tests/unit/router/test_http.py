@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
+from pydantic import ValidationError
 
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import ReplicaReport
+from xloom.adapters.source_rules import SourceRules
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
-from xloom.router.http import Control, LoadAdapter
+from xloom.router.http import Control, LoadAdapter, UnloadAdapter
 
+RULES = SourceRules(("hf://",))
 OLD = Entry("code", "lora", "old", 8, ("q_proj",), 1, "./old")
 NEW = Entry("code", "lora", "new", 8, ("q_proj",), 1, "./new")
 
@@ -33,7 +36,9 @@ class Store:
         max_rank: int | None = None,
         verify: bool = False,
         mixtures: bool = True,
+        rules: SourceRules | None = None,
     ) -> Entry:
+        assert rules == RULES
         self.verified = verify
         return NEW
 
@@ -70,7 +75,7 @@ class Watch:
 
 async def refused(store: Store, *served: Entry) -> list[tuple[str, str]]:
     watch = Watch(*served)
-    control = Control("base", 64, cast(Any, None), cast(Any, watch), store)
+    control = Control("base", 64, cast(Any, None), cast(Any, watch), store, RULES)
     with pytest.raises(XloomError) as caught:
         await control.add(LoadAdapter(lora_name="code", lora_path="./new", load_inplace=True))
     assert caught.value.code == store.refusal
@@ -87,7 +92,7 @@ async def test_what_an_engine_refuses_is_taken_back(served: tuple[Entry, ...], r
 @pytest.mark.parametrize("verify", [False, True])
 async def test_the_store_is_told_what_is_to_be_verified(verify: bool) -> None:
     store = Store("adapter_not_verified")
-    control = Control("base", 64, cast(Any, None), cast(Any, Watch()), store)
+    control = Control("base", 64, cast(Any, None), cast(Any, Watch()), store, RULES)
     with pytest.raises(XloomError):
         await control.add(LoadAdapter(lora_name="code", lora_path="./new", verify=verify))
     assert store.verified is verify
@@ -99,3 +104,12 @@ async def test_what_was_served_before_is_not_taken_back() -> None:
 
 async def test_an_adapter_that_is_only_late_is_not_taken_back() -> None:
     assert await refused(Store("adapter_not_resident"), OLD) == []
+
+
+def test_a_field_that_vllm_would_ignore_is_ignored_and_a_slip_of_the_pen_is_not() -> None:
+    body = {"lora_name": "code", "lora_path": "./new"}
+    assert LoadAdapter(**body, base_model_name="base") == LoadAdapter(**body)
+    assert UnloadAdapter(lora_name="code", reason="old") == UnloadAdapter(lora_name="code")
+    for slip, meant in (("temprature", "temperature"), ("topk", "top_k"), ("load_in_place", "load_inplace")):
+        with pytest.raises(ValidationError, match=f"did you mean '{meant}'"):
+            LoadAdapter(**body, **{slip: 1})

@@ -10,6 +10,7 @@ import pytest
 from xloom.observability.logs import bound
 from xloom.router.errors import App, CodedErrors, Message, Receive, Scope, Send
 from xloom.router.guard import Guard
+from xloom.router.keys import KeyDigest, Keys
 from xloom.router.request_id import HEADER, RequestIdMiddleware, request_id
 from xloom.router.routes import Access
 
@@ -86,7 +87,8 @@ async def test_an_answer_has_one_id_also_when_the_app_sets_one() -> None:
 
 
 async def test_a_refused_call_has_one_too() -> None:
-    app = RequestIdMiddleware(CodedErrors(Guard(Inner(), lambda scope: Access.USER, "key", None)))
+    keys = Keys(KeyDigest.of("key"))
+    app = RequestIdMiddleware(CodedErrors(Guard(Inner(), lambda scope: Access.USER, keys, local=True)))
     sent = await call(app, (HEADER, b"mine"))
     assert sent[0]["status"] == 401
     assert answered(sent) == [b"mine"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from dataclasses import dataclass, field
 
 import pytest
 
 from xloom.protocol import Challenge, Hello, Proof, XloomError
 from xloom.wire import greeting
-from xloom.wire.frames import FrameReader, pack
+from xloom.wire.frames import MAX_STRANGER_FRAME, FrameReader, pack
 from xloom.wire.greeting import PROTOCOL, Identity, admit, introduce
 
 TOKEN = b"the-token-of-this-deployment"
@@ -122,3 +123,37 @@ async def test_a_replica_that_leaves_in_its_greeting_is_told_apart() -> None:
     with pytest.raises(XloomError) as caught:
         await introduce(near, Identity(TOKEN, "router-1"), "replica-1")
     assert caught.value.code == "replica_gone"
+
+
+HOSTILE = {
+    "deep lists": b"\x91" * 900,
+    "deep mappings": b"\x81\xa1a" * 300,
+    "empty mappings": b"\xdc\x03\x52" + b"\x80" * 850,
+    "a list of four thousand million": b"\xdd\xff\xff\xff\xff",
+    "a mapping of four thousand million": b"\xdf\xff\xff\xff\xff",
+    "four gigabytes of text": b"\xdb\xff\xff\xff\xff",
+    "four gigabytes of bytes": b"\xc6\xff\xff\xff\xff",
+    "four gigabytes of an extension": b"\xc9\xff\xff\xff\xff\x01",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("field_name", ["", "nonce", "added"])  # the whole frame, a field, or one that is not known
+async def test_a_stranger_can_make_a_replica_hold_little(what: str, field_name: str) -> None:
+    """Deep, many or announced as large: it costs no more than the kilobyte that was sent."""
+    near, far = pipes()
+    value = HOSTILE[what]
+    if field_name:
+        hello = pack({"type": "hello", "protocol": PROTOCOL, "router_id": "r"})
+        value = bytes([hello[0] + 1]) + hello[1:] + pack(field_name) + value
+    assert len(value) <= MAX_STRANGER_FRAME
+    near.send(value)
+    tracemalloc.start()
+    try:
+        with pytest.raises(XloomError) as caught:
+            await admit(far, Identity(TOKEN, "replica-1"))
+        assert tracemalloc.get_traced_memory()[1] < 200_000
+    finally:
+        tracemalloc.stop()
+    assert caught.value.code == "bad_frame"
+    assert not far.sent

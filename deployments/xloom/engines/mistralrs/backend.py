@@ -167,7 +167,11 @@ class MistralRsBackend(LLMBackend):
             if self._threads == 0:
                 self._last_token = time.monotonic()
             self._threads += 1
-            threading.Thread(target=self._read, args=(job,), name="mistralrs-stream", daemon=True).start()
+            try:
+                threading.Thread(target=self._read, args=(job,), name="mistralrs-stream", daemon=True).start()
+            except RuntimeError as error:  # no more threads to be had
+                self._threads -= 1
+                self._hand_over(job, TokenChunk(job.request.request_id, [], "error", f"RuntimeError: {error}"))
 
     def _read(self, job: _Job) -> None:
         """In a thread of its own: one request, to its end or until it is cancelled.

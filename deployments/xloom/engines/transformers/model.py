@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xloom.engines.transformers.batch import ATTENTION, packs
+from xloom.engines.transformers.checkpoint import refuse_missing, unfit
 from xloom.protocol import XloomError
 
 if TYPE_CHECKING:
@@ -54,20 +55,24 @@ def load_model(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
     try:
         config = AutoConfig.from_pretrained(model.source, revision=model.revision, trust_remote_code=False)
         batching = bool(engine.extra_args.get("batching", True)) and packs(config)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, info = AutoModelForCausalLM.from_pretrained(
             model.source,
             revision=model.revision,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=ATTENTION if batching else None,
+            output_loading_info=True,
         )
+    except RuntimeError as error:
+        raise unfit(model.source, error) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise XloomError(
             "model_not_loadable",
             f"No model could be read from {model.source!r}: {error}",
             "Name a local folder with config.json and safetensors, or a hub id.",
         ) from error
+    refuse_missing(model.source, info)
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or engine.max_model_len
     if limit < engine.max_model_len:

@@ -136,7 +136,12 @@ class Worker:
                     free -= needed
                     job = self._waiting.popleft()
                     job.tokens = list(job.request.prompt_token_ids)
-                    job.caches = self._runner.caches(job.adapter)
+                    try:
+                        job.caches = self._runner.caches(job.adapter)
+                    except Exception:
+                        logger.exception("request %s could not be started", job.name)
+                        self._emit([TokenChunk(job.name, [], "error")])
+                        continue
                     self._running.append(job)
                 if self._running:
                     return True

@@ -118,6 +118,14 @@ MERGED: Mapping[str, Mapping[str, Refusal]] = {
     "compilation_config": {
         "pass_config.fuse_attn_quant": Refusal("attention would hand on quantised values, which LoRA multiplies too"),
     },
+    "structured_outputs_config": {
+        "backend": Refusal(
+            "it compiles what a client sends without a limit in time or memory",
+            harmless=("auto", "xgrammar", "guidance"),
+            cure="Set it to xgrammar or guidance.",
+            always=True,
+        ),
+    },
     "attention_config": {"hisparse_config": Refusal("pages lie in a second pool, which pairs are not admitted by")},
 }
 
@@ -159,7 +167,7 @@ ALLOWED = frozenset(
         "offload_num_in_group offload_prefetch_step offload_params enable_cumem_allocator enable_nccl_comm_suspend "
         # sampling and what comes out
         "max_logprobs logprobs_mode use_fp64_gumbel return_sampling_mask enable_trace_replay logits_processors "
-        "structured_outputs_config reasoning_parser reasoning_parser_plugin reasoning_config watermark_config "
+        "reasoning_parser reasoning_parser_plugin reasoning_config watermark_config "
         # logs and figures
         "disable_log_stats aggregate_engine_logging show_hidden_metrics_for_version otlp_traces_endpoint "
         "collect_detailed_traces per_request_spec_decode_metrics custom_histogram_buckets cudagraph_metrics "

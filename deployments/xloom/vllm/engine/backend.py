@@ -18,10 +18,11 @@ from xloom.engines.prompt import check_prompt
 from xloom.observability.recorder import ray_is_up
 from xloom.protocol import AdapterRef, EngineStats, Logprobs, MixtureFigures, TokenChunk, TokenRequest, XloomError
 from xloom.quantization import recipes
+from xloom.vllm.engine.request_limits import RequestLimits, cap_lengths
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreEvent, EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.engine.core_client import AsyncMPClient
 
     from xloom.quantization.folding import Folding
@@ -42,9 +43,11 @@ class VLLMBackend(LLMBackend):
         vocabulary: int,
         max_model_len: int,
         folding: Folding | None = None,
+        limits: RequestLimits | None = None,
     ) -> None:
         self._core = core
         self._num_pages, self._vocabulary, self._max_model_len = num_pages, vocabulary, max_model_len
+        self._limits = limits or RequestLimits()
         self._stats = EngineStats(kv_pages_total=num_pages)
         self._preemptions = 0
         self._adapters: dict[AdapterRef, LoRARequest] = {}
@@ -113,7 +116,9 @@ class VLLMBackend(LLMBackend):
                 raise
         pages = config.cache_config.num_gpu_blocks or 0  # the engine core reports it back at the end of its start
         logger.info("engine ready: %s, %d KV pages of %d tokens", model.source, pages, config.cache_config.block_size)
-        backend = cls(core, pages, config.model_config.get_vocab_size(), config.model_config.max_model_len, folding)
+        model_config = config.model_config
+        sizes = (pages, model_config.get_vocab_size(), model_config.max_model_len)
+        backend = cls(core, *sizes, folding, RequestLimits.of(config))
         if ray_is_up():  # else nobody would read them, and vLLM's wrappers import Ray Serve
             from xloom.vllm.metrics import SchedulerStatLogger
 
@@ -135,6 +140,8 @@ class VLLMBackend(LLMBackend):
             sampling = sampling_from_dict(request.sampling)
         except (ValueError, VLLMClientError) as error:  # msgspec's checks and vLLM's own
             raise XloomError("invalid_sampling", str(error), "See vLLM's SamplingParams for what it takes.") from None
+        self._limits.check(sampling, self._vocabulary)
+        cap_lengths(sampling, self._max_model_len)
         if PROMPT_ARG in (sampling.extra_args or {}):
             raise XloomError("invalid_sampling", f"vllm_xargs can't say {PROMPT_ARG}.", "Leave it out.")
         if request.num_client_tokens is not None and request.adapter is not None and request.adapter.kind == "xlora":
@@ -161,7 +168,12 @@ class VLLMBackend(LLMBackend):
         )
         if self._mixture is not None and request.adapter is not None:
             self._mixture.began(request.request_id, request.adapter)
-        await self._core.add_request_async(core_request)
+        try:
+            await self._core.add_request_async(core_request)
+        except BaseException:
+            if self._mixture is not None:
+                self._mixture.ended([request.request_id])
+            raise
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._core.abort_requests_async(list(request_ids))
@@ -172,14 +184,26 @@ class VLLMBackend(LLMBackend):
         try:
             while True:
                 outputs = await self._core.get_output_async()
-                self._take_stats(outputs)
-                if self._mixture is not None:
-                    self._mixture.saw(outputs.outputs)
+                try:
+                    self._take_stats(outputs)
+                    if self._mixture is not None:
+                        self._mixture.saw(outputs.outputs)
+                except Exception:  # figures are no reason for the engine to end
+                    logger.exception("the figures of a step were not taken")
                 if outputs.outputs:
-                    yield [_chunk(output) for output in outputs.outputs]
+                    yield [await self._read(output) for output in outputs.outputs]
         except Exception as error:
             self._dead = error
             raise XloomError("engine_dead", f"The engine has died: {error}", "See the replica's log.", 503) from error
+
+    async def _read(self, output: EngineCoreOutput) -> TokenChunk:
+        """A request's part of a step; one that can't be read is that request's end."""
+        try:
+            return _chunk(output)
+        except Exception:
+            logger.exception("an output of request %s can't be read", output.request_id)
+            await self.abort([output.request_id])
+            return TokenChunk(output.request_id, [], "error")
 
     def _take_stats(self, outputs: EngineCoreOutputs) -> None:
         for output in outputs.outputs:
@@ -307,4 +331,18 @@ def _chunk(output: EngineCoreOutput) -> TokenChunk:
         )
     if output.prefill_stats is not None:
         chunk.num_cached_tokens = output.prefill_stats.num_cached_tokens
+    if output.events:
+        chunk.queued_us, chunk.preemptions = _waits(output.events)
     return chunk
+
+
+def _waits(events: list[EngineCoreEvent]) -> tuple[int, int]:
+    """The microseconds from a request's arrival until it was first scheduled, and its preemptions, in these events."""
+    times: dict[str, float] = {}
+    preemptions = 0
+    for event in events:
+        preemptions += event.type.name == "PREEMPTED"
+        times.setdefault(event.type.name, event.timestamp)
+    if "QUEUED" not in times or "SCHEDULED" not in times:
+        return 0, preemptions
+    return max(0, round(1e6 * (times["SCHEDULED"] - times["QUEUED"]))), preemptions

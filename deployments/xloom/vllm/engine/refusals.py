@@ -32,8 +32,8 @@ def merged(ours: Mapping[str, Any], extra: Mapping[str, Any], *, mixtures: bool)
                     f"engine.extra_args.{name} is {type(value).__name__}, which xloom's own can't be merged with.",
                     f"Give {name} as a mapping.",
                 )
-            for part, reason in MERGED[name].items() if mixtures else ():
-                if reason.refuses(_at(value, part)):
+            for part, reason in MERGED[name].items():
+                if (mixtures or reason.always) and reason.refuses(_at(value, part)):
                     raise refused(f"engine.extra_args.{name}.{part}", reason)
     left_out = MERGED.keys() | READ  # where null means what xloom has
     return _merge(ours, {name: value for name, value in extra.items() if value is not None or name not in left_out})

@@ -23,6 +23,12 @@ class VLLMFrontEnd:
         """Serve a manifest's entries from now on."""
         self._models.take(manifest)
 
+    def reword(self, message: str) -> str:
+        """A message of vLLM's with settings for its flags."""
+        from xloom.vllm.front_end.wording import in_settings
+
+        return in_settings(message)
+
     async def check_health(self) -> None:
         """Raise when the engine client no longer works."""
         await self._engine.check_health()

@@ -2,11 +2,13 @@
 
 Relies on vLLM 0.32: `vllm.entrypoints.launchers.app.build_app`, `...launchers.api_server.app_state.init_app_state`
 (which makes its `OpenAIServingModels` by that module's own name), `vllm.entrypoints.openai.models.serving.
-OpenAIServingModels`, `vllm.entrypoints.serve.engine.serving.BaseServing.create_error_response`.
+OpenAIServingModels`, `vllm.entrypoints.serve.engine.serving.BaseServing.create_error_response`;
+`vllm.entrypoints.launchers.cli_args.FrontendArgs` (a dataclass that checks its values), `validate_parsed_serve_args`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,22 +17,30 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from pydantic import TypeAdapter
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.protocol import XloomError
 from xloom.router.errors import code_for, error_body, error_type
 from xloom.settings import Settings
+from xloom.vllm.front_end.argument_table import check_names
 from xloom.vllm.front_end.engine_client import RequestError, RoutedEngineClient
+from xloom.vllm.front_end.first_fault import FirstFault
+from xloom.vllm.front_end.wording import in_settings
 from xloom.vllm.lora import lora_request, plain_name
+
+# JSON inside a string of the body, such as a tool call's arguments, is read by whoever comes to it.
+_TOO_DEEP = XloomError("limit_exceeded", "JSON in one of the body's strings is nested too deep.", "Nest less.")
 
 
 class ServedModels(OpenAIServingModels):
@@ -84,33 +94,49 @@ def coded_error_response(
     param: str | None = None,
 ) -> ErrorResponse:
     """vLLM's `create_error_response`, with a stable code; streams end with it."""
+    if isinstance(message, RecursionError):
+        message = RequestError(_TOO_DEEP)
     plain = create_error_response(message, err_type, status_code, param)
     error = plain.error
     code = message.code if isinstance(message, RequestError) else code_for(error.code, error.message, error.param)
+    error.message = in_settings(error.message)
     return _CodedErrorResponse(error=error, stable_code=code)
 
 
 def front_end_arguments(settings: Settings) -> Namespace:
-    """vLLM's own command-line defaults, with this deployment's names."""
+    """vLLM's own command-line defaults, with this deployment's names. Raises `XloomError`."""
+    given = settings.router.front_end_args
+    check_names(given)
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     args.model = settings.model.source
     args.served_model_name = [settings.model.served_name]
     args.disable_fastapi_docs = True  # the schema takes half a second to make, on the event loop
-    for name, value in settings.router.front_end_args.items():
-        if not hasattr(args, name):
-            raise XloomError("unknown_front_end_argument", f"vLLM's front end has no option {name!r}.", "", 400)
-        setattr(args, name, value)
+    fields = {field.name for field in dataclasses.fields(FrontendArgs)}
+    try:
+        typed = FrontendArgs(**{name: value for name, value in given.items() if name in fields})
+        for name, value in given.items():
+            setattr(args, name, getattr(typed, name) if name in fields else TypeAdapter(bool).validate_python(value))
+        if args.tool_parser_plugin:
+            ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError) as error:  # pydantic's is a ValueError
+        said = "; ".join(str(error).splitlines()[:4])
+        cure = "Mend router.front_end_args."
+        raise XloomError("invalid_settings", f"vLLM refuses router.front_end_args: {said}", cure) from None
     return args
 
 
 async def build_front_end(engine: RoutedEngineClient, settings: Settings) -> tuple[FastAPI, ServedModels]:
     """The FastAPI app with vLLM's routes, and the models it serves."""
     args = front_end_arguments(settings)
+    args.structured_outputs_config = engine.vllm_config.structured_outputs_config  # with the reasoning parser
     tasks = await engine.get_supported_tasks()
     with _without_sagemaker_overrides():
         app = launcher.build_app(args, tasks, engine.model_config)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(XloomError, _answer_xloom_error)
+    app.add_exception_handler(RecursionError, _answer_too_deep)
+    app.add_middleware(FirstFault)
     with _models_class(ServedModels):
         await app_state.init_app_state(engine, app.state, args, tasks)
     for serving in vars(app.state)["_state"].values():
@@ -130,6 +156,10 @@ async def _answer_request_error(request: Request, error: Exception) -> JSONRespo
 async def _answer_xloom_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, XloomError)
     return JSONResponse(error_body(error), error.status)
+
+
+async def _answer_too_deep(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(_TOO_DEEP), _TOO_DEEP.status)
 
 
 @contextmanager

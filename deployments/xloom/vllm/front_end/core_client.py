@@ -26,7 +26,7 @@ from vllm.v1.engine import (
     FinishReason,
 )
 from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
+from vllm.v1.metrics.stats import PrefillStats, PrefixCacheStats, SchedulerStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from xloom.observability.logs import bound
@@ -65,6 +65,7 @@ class RoutedCoreClient(EngineCoreClient):
         self._dispatcher = dispatcher
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._prefills: dict[str, _Prefill] = {}
+        self._prefix_cache = PrefixCacheStats()  # of the prompts computed since the last figures
         self._on_failed: Callable[[str, XloomError], None] = lambda request_id, error: None
         dispatcher.on_tokens = self._take_step
         dispatcher.on_failed = self._take_failure
@@ -90,6 +91,9 @@ class RoutedCoreClient(EngineCoreClient):
         if request.sampling_params is None or request.prompt_token_ids is None or request.mm_features:
             message = "Only text generation crosses to the replicas."
             raise XloomError("input_not_supported", message, "Send text.", 400)
+        if request.sampling_params.prompt_logprob_token_ids is not None:
+            message = "prompt_logprob_token_ids has no answer here."
+            raise XloomError("unsupported_sampling", message, "Ask for prompt_logprobs.", 400)
         told = TokenRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -164,7 +168,11 @@ class RoutedCoreClient(EngineCoreClient):
         output = EngineCoreOutput(chunk.request_id, chunk.token_ids)
         prefill = self._prefills.pop(chunk.request_id, None)
         if prefill is not None:
-            _mark_first(output, prefill, chunk.num_cached_tokens)
+            self._prefix_cache.record(prefill.prompt_tokens, chunk.num_cached_tokens, preempted=False)
+            _mark_first(output, prefill, chunk)
+        if chunk.preemptions:
+            preempted = EngineCoreEvent(EngineCoreEventType.PREEMPTED, time.monotonic())
+            output.events = [*(output.events or ()), *[preempted] * chunk.preemptions]
         if chunk.finish_reason is not None:
             output.finish_reason = _FINISH[chunk.finish_reason]
             output.stop_reason = chunk.stop_reason
@@ -186,17 +194,19 @@ class RoutedCoreClient(EngineCoreClient):
             num_running_reqs=sum(each.running for each in stats),
             num_waiting_reqs=sum(each.waiting for each in stats),
             kv_cache_usage=sum(each.kv_pages_used for each in stats) / pages if pages else 0.0,
+            prefix_cache_stats=self._prefix_cache,
         )
+        self._prefix_cache = PrefixCacheStats()
         self._outputs.put_nowait(EngineCoreOutputs(scheduler_stats=figures))
 
 
-def _mark_first(output: EngineCoreOutput, prefill: _Prefill, cached: int) -> None:
-    """Figures vLLM takes from the first output of a request; the queue's share of the wait isn't known here."""
-    prompt = prefill.prompt_tokens
+def _mark_first(output: EngineCoreOutput, prefill: _Prefill, chunk: TokenChunk) -> None:
+    """Figures vLLM takes from the first output of a request, on this process's clock; the way there is prefill."""
+    prompt, cached = prefill.prompt_tokens, chunk.num_cached_tokens
     output.prefill_stats = PrefillStats(prompt, prompt - cached, cached, cached)
     output.events = [
         EngineCoreEvent(EngineCoreEventType.QUEUED, prefill.submitted),
-        EngineCoreEvent(EngineCoreEventType.SCHEDULED, prefill.submitted),
+        EngineCoreEvent(EngineCoreEventType.SCHEDULED, prefill.submitted + chunk.queued_us / 1e6),
     ]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
+from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import SamplingParams
@@ -23,14 +24,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from xloom.protocol import XloomError
 from xloom.router.traffic import Ending
 from xloom.settings import LimitSettings, Settings
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.grammars import GrammarCheck
-from xloom.vllm.metrics import RequestStatLogger
+from xloom.vllm.metrics import RequestStatLogger, ScrapedStatLogger
 
 
 class RequestError(GracefulHTTPError):
@@ -43,21 +43,28 @@ class RequestError(GracefulHTTPError):
 
 # Engine arguments in `engine.extra_args` that the front end needs as well.
 _SHARED_ARGS = frozenset(
-    {"tokenizer", "tokenizer_mode", "trust_remote_code", "tokenizer_revision", "generation_config", "max_logprobs",
-     "override_generation_config", "hf_config_path", "hf_token", "skip_tokenizer_init", "code_revision"}
+    {"tokenizer", "tokenizer_mode", "tokenizer_revision", "reasoning_parser", "generation_config", "max_logprobs",
+     "override_generation_config", "hf_config_path", "hf_token", "skip_tokenizer_init", "code_revision",
+     "structured_outputs_config"}
 )  # fmt: skip
 
 
 def engine_args(settings: Settings) -> dict[str, Any]:
     """The arguments of `AsyncEngineArgs` that the front end and the engine must share."""
     shared = {key: value for key, value in settings.engine.extra_args.items() if key in _SHARED_ARGS}
+    outputs = StructuredOutputsConfig(**shared.pop("structured_outputs_config", None) or {})
+    if outputs.backend == "auto":
+        # An engine takes the library of its first such request for all that follow: one client would choose for all.
+        outputs.backend = "xgrammar"
     return {
         "model": settings.model.source,
         "revision": settings.model.revision,
         "served_model_name": [settings.model.served_name],
         "max_model_len": settings.engine.max_model_len,
         "dtype": settings.engine.dtype,
+        "structured_outputs_config": outputs,
         **shared,
+        "trust_remote_code": False,  # here too no code from a model's repository is run
     }
 
 
@@ -84,13 +91,15 @@ class RoutedEngineClient(AsyncLLM):
                 Executor,
                 log_stats=True,
                 log_requests=False,
-                # Both by name: StatLoggerManager leaves its own Prometheus logger out once it is given one of its kind;
-                # and that one last: each, as it is made, takes what /metrics had of vLLM out of the registry.
-                stat_loggers=[RequestStatLogger, PrometheusStatLogger],
+                # StatLoggerManager leaves its own Prometheus logger out once it is given one of its kind. Ours of that
+                # kind last: each, as it is made, takes what /metrics had of vLLM out of the registry.
+                stat_loggers=[RequestStatLogger, ScrapedStatLogger],
             )
         core.call_on_failure(self._fail)
         core.set_vocabulary(vllm_config.model_config.get_vocab_size())
-        self._grammars = GrammarCheck(limits or LimitSettings(), self._tokenizer_info)
+        outputs = vllm_config.structured_outputs_config
+        library, compact = outputs.backend, outputs.disable_any_whitespace
+        self._grammars = GrammarCheck(limits or LimitSettings(), self._tokenizer_info, library, compact=compact)
         # Without it vLLM leaves structured output to us: `add_request` has it validated, and not on the event loop.
         self.input_processor.structured_outputs_config = None
 
@@ -98,8 +107,10 @@ class RoutedEngineClient(AsyncLLM):
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
     ) -> RequestOutputCollector:
         """As `AsyncLLM.add_request`; a grammar is compiled aside first. Raises `RequestError`."""
-        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
-            await self._check_grammar(params)
+        if isinstance(params, SamplingParams):
+            _check_extra_args(params)
+            if params.structured_outputs is not None:
+                await self._check_grammar(params)
         return await super().add_request(request_id, prompt, params, *args, **options)
 
     async def _check_grammar(self, params: SamplingParams) -> None:
@@ -112,8 +123,12 @@ class RoutedEngineClient(AsyncLLM):
         tokenizer = self.input_processor.tokenizer
         try:
             await asyncio.to_thread(params._validate_structured_outputs, self.model_config, config, tokenizer)
-        except (ValueError, VLLMClientError):  # with vLLM's own reason
-            raise
+        except (ValueError, VLLMClientError) as error:  # with vLLM's own reason
+            if "not supported by xgrammar" not in str(error):
+                raise
+            key = "engine.extra_args.structured_outputs_config.backend"
+            cure = f"Leave them out, or have the operator set {key} to guidance."
+            raise RequestError(XloomError("unsupported_schema", str(error), cure)) from error
         except Exception as error:  # a compiler's own, such as xgrammar's: it says that the grammar is none
             what = f"The structured output can't be compiled: {str(error)[:200]}."
             raise RequestError(XloomError("invalid_request", what, "Mend or simplify it.")) from error
@@ -153,6 +168,13 @@ class RoutedEngineClient(AsyncLLM):
     def _abort_in_core(self, request_ids: list[str], ending: Ending) -> None:
         assert isinstance(self.engine_core, RoutedCoreClient)
         self.engine_core.abort_now(request_ids, ending)
+
+
+def _check_extra_args(params: SamplingParams) -> None:
+    """vLLM takes these out of what `vllm_xargs` may hold, and takes their type for granted. Raises `RequestError`."""
+    for name in ("kv_transfer_params", "ec_transfer_params"):
+        if not isinstance((params.extra_args or {}).get(name), (dict, type(None))):
+            raise RequestError(XloomError("invalid_request", f"`{name}` must be an object.", "Leave it out."))
 
 
 @contextmanager

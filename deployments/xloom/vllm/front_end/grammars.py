@@ -31,24 +31,22 @@ REMEMBERED = 4096  # grammars whose outcome is known
 REFUSED_S = 60.0  # how long one that was refused is: the machine may have been busy
 START_S = 60.0
 
-Job = tuple[str, str, bool]  # kind, spec, without optional whitespace
+Job = tuple[str, str]  # kind, spec
 
 
 def job_of(wanted: StructuredOutputsParams) -> Job | None:
     """What must be compiled for structured output, or None. Raises `XloomError` on what can't be."""
-    compact = bool(wanted.disable_any_whitespace)
     try:
         if wanted.json is not None:
-            spec = wanted.json if isinstance(wanted.json, str) else json.dumps(wanted.json)
-            return "json", spec, compact
+            return "json", wanted.json if isinstance(wanted.json, str) else json.dumps(wanted.json)
         if wanted.regex is not None:
-            return "regex", wanted.regex, compact
+            return "regex", wanted.regex
         if wanted.choice:
-            return "grammar", choice_as_grammar(wanted.choice), compact
+            return "grammar", choice_as_grammar(wanted.choice)
         if wanted.grammar is not None:
-            return ("lark" if grammar_is_likely_lark(wanted.grammar) else "grammar"), wanted.grammar, compact
-        if wanted.structural_tag is not None and '"structures"' not in wanted.structural_tag:
-            return "structural_tag", wanted.structural_tag, compact
+            return ("lark" if grammar_is_likely_lark(wanted.grammar) else "grammar"), wanted.grammar
+        if wanted.structural_tag is not None:
+            return "structural_tag", wanted.structural_tag
     except (TypeError, AttributeError, RecursionError) as error:
         raise XloomError("invalid_request", f"The structured output can't be read: {error}.", "Mend it.") from None
     return None
@@ -57,11 +55,20 @@ def job_of(wanted: StructuredOutputsParams) -> Job | None:
 class GrammarCheck:
     """The grammars a router has seen, and the processes that compile new ones.
 
-    `tokenizer_info` gives xgrammar's serialised tokeniser; it is called in a thread.
+    `tokenizer_info` gives xgrammar's serialised tokeniser; it is called in a thread. `library` is what the engines
+    compile with, xgrammar or guidance; `compact`: without optional whitespace.
     """
 
-    def __init__(self, limits: LimitSettings, tokenizer_info: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        limits: LimitSettings,
+        tokenizer_info: Callable[[], str],
+        library: str = "xgrammar",
+        *,
+        compact: bool = False,
+    ) -> None:
         self._limits, self._tokenizer_info = limits, tokenizer_info
+        self._library, self._compact = library, compact
         self._free: list[_Worker | None] = [None] * WORKERS
         self._slots = asyncio.Semaphore(WORKERS)
         self._outcomes: OrderedDict[bytes, tuple[XloomError | None, float]] = OrderedDict()
@@ -132,9 +139,9 @@ class GrammarCheck:
 
     async def _start(self) -> _Worker:
         if self._info is None:
-            self._info = await asyncio.to_thread(self._tokenizer_info)
+            self._info = await asyncio.to_thread(self._tokenizer_info) if self._library == "xgrammar" else ""
         try:
-            return await _Worker.start(self._info, self._limits)
+            return await _Worker.start(self._info, self._library, self._compact, self._limits)
         except (OSError, TimeoutError, ValueError) as error:
             what = f"The process that compiles grammars did not start: {error!r}."
             raise XloomError("grammars_unavailable", what, "See the router's log.", 503) from None
@@ -143,17 +150,18 @@ class GrammarCheck:
 class _Worker:
     """One process of `grammar_worker`, spoken to in a thread: event loops start none outside the main thread."""
 
-    def __init__(self, limits: LimitSettings) -> None:
+    def __init__(self, library: str, compact: bool, limits: LimitSettings) -> None:
         module = "xloom.vllm.front_end.grammar_worker"
+        most = str(limits.grammar_timeout_s), str(limits.grammar_bytes)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(limits.grammar_timeout_s), str(limits.grammar_bytes)],
+            [sys.executable, "-m", module, library, "compact" if compact else "loose", *most],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
     @classmethod
-    async def start(cls, info: str, limits: LimitSettings) -> _Worker:
-        worker = await asyncio.to_thread(cls, limits)
+    async def start(cls, info: str, library: str, compact: bool, limits: LimitSettings) -> _Worker:
+        worker = await asyncio.to_thread(cls, library, compact, limits)
         try:
             async with asyncio.timeout(START_S):
                 await asyncio.to_thread(worker._ask, info.encode())
@@ -163,9 +171,9 @@ class _Worker:
         return worker
 
     async def compile(self, job: Job, timeout_s: float) -> XloomError | None:
-        """None, also where xgrammar can't do it: vLLM then takes another library, or refuses it with its reason."""
-        kind, spec, compact = job
-        line = json.dumps({"kind": kind, "spec": spec, "compact": compact}).encode()
+        """None, also where the library can't do it: vLLM then refuses it with its reason."""
+        kind, spec = job
+        line = json.dumps({"kind": kind, "spec": spec}).encode()
         async with asyncio.timeout(timeout_s):
             await asyncio.to_thread(self._ask, line)
         return None

@@ -6,9 +6,9 @@ hooks set the gates before its forward pass; the punica wrappers read both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,13 @@ import torch
 from xloom.mixtures.routing import Routing
 
 WIDENED_GATE_BYTES = 256 << 20  # above this the gates are widened to ranks linear by linear, not all at once
+
+
+class GateLayout(NamedTuple):
+    """The gates of all linears side by side, widened to the ranks that they multiply."""
+
+    columns: torch.Tensor  # [sum of R]: which of a token's M * K gates
+    places: dict[int, slice]  # address of a linear's stacked A -> its part of `columns`
 
 
 class SlotRouting:
@@ -26,8 +33,20 @@ class SlotRouting:
         self.name = name  # the bundle's, with its generation
         self.row = {name: number for number, name in enumerate(routing.modules)}
         self.segments = [segment_index(segments) for segments in routing.segments]  # M times [R_m]
-        self.alike = all(segments == routing.segments[0] for segments in routing.segments)
         self.scaling_pass_gates = routing.scaling_pass_gates()  # [M, K]
+        self._layout: GateLayout | None = None
+
+    def layout(self, linears: Mapping[int, Sequence[str]]) -> GateLayout:
+        """The same for all steps. `linears`: those of the model, as `slices_of` gives them."""
+        if self._layout is None:
+            found, places, first = [torch.zeros(0, dtype=torch.long)], {}, 0
+            for address, names in linears.items():
+                rows = [self.row[name] for name in names if name in self.row]
+                found += [row * self.routing.num_adapters + self.segments[row] for row in rows]
+                last = first + sum(len(self.segments[row]) for row in rows)
+                places[address], first = slice(first, last), last
+            self._layout = GateLayout(torch.cat(found), places)
+        return self._layout
 
 
 def segment_index(segments: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -46,19 +65,19 @@ class SlotRows:
     routing: SlotRouting | None  # None: a plain adapter
     # On CPU: the adapter's weights by linear and slot, which a slot holds again whenever the adapter is in it.
     weights: dict[tuple[int, int], Any] = field(default_factory=dict)
-    gates: torch.Tensor | None = None  # [M, num_rows, R] when widened, else [M, num_rows, K]
+    gates: torch.Tensor | None = None  # [num_rows, sum of R] when widened, else [num_rows, M * K]
     widened: bool = False
 
     def set_gates(self, gates: torch.Tensor) -> None:
         """Take the gates `[num_rows, M, K]` of the next forward pass."""
         assert self.routing is not None
-        by_module = gates.transpose(0, 1)
-        index = self.routing.segments[0]
-        self.widened = self.routing.alike and by_module[..., 0].numel() * len(index) * 4 <= WIDENED_GATE_BYTES
-        self.gates = by_module.index_select(2, index) if self.widened else by_module
+        columns = self.routing.layout(BATCH.linears).columns
+        self.gates, self.widened = gates.reshape(len(gates), -1), len(gates) * len(columns) * 4 <= WIDENED_GATE_BYTES
+        if self.widened:
+            self.gates = self.gates.index_select(1, columns)
 
-    def gate_of(self, module: str) -> torch.Tensor | None:
-        """`[num_rows, R_m]` to multiply between shrink and expand; None for a plain adapter.
+    def gate_of(self, linear: int) -> torch.Tensor | None:
+        """`[num_rows, R]` to multiply between shrink and expand of a linear, all slices; None for a plain adapter.
 
         Raises `RuntimeError` for a bundle without gates, which would be the plain sum of its adapters.
         """
@@ -66,9 +85,9 @@ class SlotRows:
             return None
         if self.gates is None:
             raise RuntimeError(f"no gates for {self.routing.name} in this step")
-        row = self.routing.row[module]
-        gate = self.gates[row]
-        return gate if self.widened else gate.index_select(1, self.routing.segments[row])
+        layout = self.routing.layout(BATCH.linears)
+        place = layout.places[linear]
+        return self.gates[:, place] if self.widened else self.gates.index_select(1, layout.columns[place])
 
 
 class Gater(Protocol):

@@ -11,6 +11,7 @@ import torch
 
 from xloom.mixtures.options import XLORA_FILE
 from xloom.mixtures.routing import Routing
+from xloom.vllm.plugin.weight_ledger import with_ledger
 
 if TYPE_CHECKING:
     from xloom.vllm.plugin.gates import Gater
@@ -26,8 +27,11 @@ def apply() -> None:
     if _applied:
         return
     _applied = True
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.platforms import current_platform
 
+    # It looks for weights that the checkpoint lacks among few layers of a few models.
+    DefaultModelLoader.load_weights = with_ledger(DefaultModelLoader.load_weights)
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         return  # LoRA there has kernels of its own, and no gate
     from vllm.lora.layers import base_linear

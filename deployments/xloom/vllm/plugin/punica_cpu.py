@@ -14,7 +14,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, rows_of, slices_of
-from xloom.vllm.plugin.slot_weights import SlotSlice, slot_slices
+from xloom.vllm.plugin.slot_weights import SlotLinear, slot_linear
 
 
 def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lora_b: list[torch.Tensor]) -> None:
@@ -26,23 +26,23 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
         return
     address = lora_a[0].data_ptr()
     for entry in BATCH.rows:
-        slices = entry.weights.get((address, entry.slot))
-        if slices is None:
-            slices = slot_slices(lora_a, lora_b, entry.slot, BATCH.linears[address], entry.ranks)
-            entry.weights[address, entry.slot] = slices
-        if slices:
-            _add(y, x, slices, entry)
+        key = address, entry.slot
+        if key not in entry.weights:
+            entry.weights[key] = slot_linear(lora_a, lora_b, entry.slot, BATCH.linears[address], entry.ranks)
+        if (weights := entry.weights[key]) is not None:
+            _add(y, x, weights, entry, entry.gate_of(address))
 
 
-def _add(y: torch.Tensor, x: torch.Tensor, slices: tuple[SlotSlice, ...], entry: SlotRows) -> None:
+def _add(y: torch.Tensor, x: torch.Tensor, weights: SlotLinear, entry: SlotRows, gate: torch.Tensor | None) -> None:
     rows = x[entry.rows]
     target = y[entry.rows]  # a view when the rows are a slice, else a copy
-    for part in slices:
-        shrunk = part.a.product(rows)
-        gate = entry.gate_of(part.name)
-        if gate is not None:
-            shrunk = (shrunk * gate).to(rows.dtype)
-        part.b.add_product(target[:, part.outputs], shrunk)
+    shrunk = weights.a.product(rows)
+    if gate is not None:
+        if gate.shape != shrunk.shape:
+            raise RuntimeError(f"gates {tuple(gate.shape)} for ranks {tuple(shrunk.shape)}")
+        shrunk = (shrunk * gate).to(rows.dtype)
+    for part in weights.slices:
+        part.b.add_product(target[:, part.outputs], shrunk[:, part.ranks])
     if not isinstance(entry.rows, slice):
         y[entry.rows] = target
 

@@ -54,35 +54,43 @@ class PairRows:
             idle = request not in output.num_scheduled_tokens and request not in output.finished_req_ids
             if idle and request in batch.req_id_to_index and self._step.in_two_passes(request):
                 self._lend(scaling, cached.all_token_ids[scaling])
-        for scaling, tokens in cached.all_token_ids.items():
+        for scaling, generated in cached.all_token_ids.items():
             if is_scaling(scaling) and scaling not in self._lent:
-                state = self._runner.requests[scaling]
-                state.output_token_ids = list(tokens[state.num_prompt_tokens :])
+                self._runner.requests[scaling].output_token_ids = self._generated(scaling, generated)
 
-    def _lend(self, scaling: str, tokens: list[int]) -> None:
+    def _generated(self, scaling: str, sent: list[int]) -> list[int]:
+        """The tokens that a scaling sequence has beside its prompt's. Synchronously the runner sampled them itself."""
+        request = self._runner.requests.get(mixture_id(scaling))
+        if self._runner.use_async_scheduling or request is None or not self._step.in_two_passes(request.req_id):
+            return list(sent)
+        known: list[int] = request.output_token_ids
+        return known
+
+    def _lend(self, scaling: str, generated: list[int]) -> None:
         requests, batch = self._runner.requests, self._runner.input_batch
+        state = requests[mixture_id(scaling)]
         row = self._rename(mixture_id(scaling), scaling)
         self._lent[scaling] = batch.generators.pop(row, None)
-        known = requests[scaling].output_token_ids = requests[mixture_id(scaling)].output_token_ids
-        if tokens[-1] != -1:  # asynchronously: the token is known already, if no step was waiting for it
+        known = requests[scaling].output_token_ids = state.output_token_ids
+        if generated and generated[-1] != -1:  # asynchronously: the token is known, if no step was waiting for it
             if known:
-                known[-1] = tokens[-1]
-            batch.token_ids_cpu[row, len(tokens) - 1] = tokens[-1]
+                known[-1] = generated[-1]
+            batch.token_ids_cpu[row, state.num_prompt_tokens + len(generated) - 1] = generated[-1]
 
-    def _give_back(self, scaling: str, tokens: list[int] | None) -> None:
-        """`tokens`: all of the request's, when it is in this step."""
+    def _give_back(self, scaling: str, generated: list[int] | None) -> None:
+        """`generated`: the request's tokens beside its prompt's, when it is in this step."""
         batch, request = self._runner.input_batch, mixture_id(scaling)
         row = self._rename(scaling, request)
         generator = self._lent.pop(scaling)
         if generator is not None:
             batch.generators[row] = generator
-        if tokens is None:
+        if not generated:
             return
-        state = self._runner.requests[request]
-        known, count = state.output_token_ids, len(tokens) - state.num_prompt_tokens
-        if count and len(known) >= count and known[count - 1] == -1:
-            known[count - 1] = tokens[-1]
-        batch.token_ids_cpu[row, len(tokens) - 1] = tokens[-1]
+        state, count = self._runner.requests[request], len(generated)
+        known = state.output_token_ids
+        if len(known) >= count and known[count - 1] == -1:
+            known[count - 1] = generated[-1]
+        batch.token_ids_cpu[row, state.num_prompt_tokens + count - 1] = generated[-1]
 
     def _rename(self, old: str, new: str) -> int:
         """Give a row to the other half of its pair: its pages and its LoRA change. The row's number."""
@@ -154,8 +162,8 @@ def _updating(original: Callable[..., Any]) -> Callable[..., Any]:
         for new in output.scheduled_new_reqs:
             if is_scaling(new.req_id):
                 self.requests[new.req_id].__class__ = _ScalingState
-        for scaling, tokens in cached.all_token_ids.items():
-            if is_scaling(scaling) and tokens and tokens[-1] == -1:  # on the device, where its request sampled it
+        for scaling, generated in cached.all_token_ids.items():
+            if is_scaling(scaling) and generated and generated[-1] == -1:  # on the device, where its request sampled it
                 batch.prev_req_id_to_index[scaling] = previous[mixture_id(scaling)]
         mixtures.output = output
         return corrections

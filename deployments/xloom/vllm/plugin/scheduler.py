@@ -324,10 +324,21 @@ class PairScheduling(Scheduler):
     def _make_cached_request_data(
         self, running_reqs: list[Request], resumed_reqs: list[Request], num_scheduled_tokens: dict[str, int], *args: Any
     ) -> CachedRequestData:
+        asynchronous = self.scheduler_config.async_scheduling
+        # A pair's halves are away every other step, and of such requests vLLM sends all tokens: a cost that grows with
+        # their length. Our runner needs the generated ones, and if it schedules synchronously has them.
+        away: dict[str, list[int]] = {}
+        if self.pairs and not self.use_v2_model_runner:
+            for request in (*running_reqs, *resumed_reqs):
+                half = isinstance(request, MixtureRequest | ScalingRequest)
+                if half and request.request_id not in self.prev_step_scheduled_req_ids:
+                    away[request.request_id] = list(request.output_token_ids) if asynchronous else []
+            self.prev_step_scheduled_req_ids.update(away)  # vLLM replaces it right after this
         data: CachedRequestData = super()._make_cached_request_data(
             running_reqs, resumed_reqs, num_scheduled_tokens, *args
         )
-        if not self.pairs or not self.scheduler_config.async_scheduling:
+        data.all_token_ids.update(away)
+        if not self.pairs or not asynchronous:
             return data
         for place, name in enumerate(data.req_ids):
             if not is_scaling(name):

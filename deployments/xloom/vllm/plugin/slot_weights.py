@@ -1,4 +1,4 @@
-"""An adapter's weights in its slot on CPU, and the products with them: plain for few rows, oneDNN's for many.
+"""An adapter's weights in its slot on CPU, and the products with them: plain for small ones, oneDNN's for large.
 
 Relies on vLLM 0.32: `vllm._custom_ops.create_onednn_mm` and `onednn_mm`, which its own CPU linears use
 (`vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm`).
@@ -10,68 +10,89 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-PACKED_FROM = 1 << 16  # numbers in a weight: where oneDNN's packed product begins to be quicker than a plain one
-ROWS_FROM = 8  # and rows; with less of either its call costs more than it saves
+# Numbers in a weight: where oneDNN's packed product begins to be quicker than a plain one, with 2 to 16 rows up to
+# three times as quick.
+PACKED_FROM = 1 << 15
 
 
-class Weight:
-    """A weight `[out, in]` as it lies in the slot, and packed once it is worth it."""
+class Shrink:
+    """The A `[rank, in]` of all slices of a linear."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._transposed = weight.t()
-        self._large = weight.numel() >= PACKED_FROM and ops._supports_onednn
-        self._packed: Any = None
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        weight = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        self._packed = _pack(weight)
+        self._transposed = weight.t() if self._packed is None else None
 
     def product(self, x: Tensor) -> Tensor:
-        """x W^T `[num_rows, out]` for `x [num_rows, in]`."""
-        if self._large and len(x) >= ROWS_FROM and (packed := self._pack()) is not None:
-            result: Tensor = ops.onednn_mm(packed, x, None)
-            return result
-        return x @ self._transposed
+        """x A^T `[num_rows, rank]` for `x [num_rows, in]`."""
+        if self._transposed is not None:
+            return x @ self._transposed
+        result: Tensor = ops.onednn_mm(self._packed, x, None)
+        return result
+
+
+class Expand:
+    """The B `[out, rank]` of a slice, as it lies in the slot, and packed as well if that pays."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed, self._transposed = _pack(weight), weight.t()
 
     def add_product(self, y: Tensor, x: Tensor) -> None:
-        """Add x W^T to `y [num_rows, out]`."""
-        if self._large and len(x) >= ROWS_FROM and (packed := self._pack()) is not None:
-            y += ops.onednn_mm(packed, x, None)
-        else:
+        """Add x B^T to `y [num_rows, out]`, for `x [num_rows, rank]`."""
+        if self._packed is None or len(x) == 1:
             y.addmm_(x, self._transposed)
+        else:
+            y += ops.onednn_mm(self._packed, x, None)
 
-    def _pack(self) -> Any:
-        if self._packed is None:
-            try:
-                packed = ops.create_onednn_mm(self._transposed, 32)
-                ops.onednn_mm(packed, self._transposed.t()[:1].new_zeros(1, packed.k), None)  # some dtypes fail here
-                self._packed = packed
-            except RuntimeError:
-                self._large = False
-        return self._packed
+
+def _pack(weight: Tensor) -> Any:
+    """The weight as oneDNN wants it; None where that does not pay, or it does not take the dtype."""
+    if weight.numel() < PACKED_FROM or not ops._supports_onednn:
+        return None
+    try:
+        packed = ops.create_onednn_mm(weight.t(), 32)
+        ops.onednn_mm(packed, weight.new_zeros(1, packed.k), None)
+    except RuntimeError:
+        return None
+    return packed
 
 
 @dataclass(frozen=True)
 class SlotSlice:
-    """An adapter's A and B for one output slice of a linear."""
+    """An adapter's B for one output slice of a linear."""
 
-    name: str  # HF module name
     outputs: slice  # of the linear's output
-    a: Weight  # [rank, in]
-    b: Weight  # [out_slice, rank]
+    ranks: slice  # of what is expanded
+    b: Expand  # [out_slice, rank]
 
 
-def slot_slices(
+@dataclass(frozen=True)
+class SlotLinear:
+    """An adapter's weights for one linear: all slices shrink in one product."""
+
+    a: Shrink  # [sum of ranks, in]
+    slices: tuple[SlotSlice, ...]
+
+
+def slot_linear(
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], slot: int, names: Sequence[str], ranks: dict[str, int]
-) -> tuple[SlotSlice, ...]:
-    """The slices of one linear that an adapter in this slot changes, at its own ranks.
+) -> SlotLinear | None:
+    """What an adapter in this slot changes of one linear, at its own ranks; None if nothing.
 
     `lora_a`, `lora_b`: one a slice, `[slots, 1, rank, in]` and `[slots, 1, out_slice, rank]`.
     """
-    found, offset = [], 0
+    shrinks, slices, first, done = [], [], 0, 0
     for a, b, name in zip(lora_a, lora_b, names, strict=True):
         width, rank = b.shape[2], ranks.get(name, 0)
         if rank:
-            outputs = slice(offset, offset + width)
-            found.append(SlotSlice(name, outputs, Weight(a[slot, 0, :rank]), Weight(b[slot, 0, :, :rank])))
-        offset += width
-    return tuple(found)
+            shrinks.append(a[slot, 0, :rank])
+            expand = Expand(b[slot, 0, :, :rank])
+            slices.append(SlotSlice(slice(first, first + width), slice(done, done + rank), expand))
+        first, done = first + width, done + rank
+    if not slices:
+        return None
+    return SlotLinear(Shrink(shrinks), tuple(slices))

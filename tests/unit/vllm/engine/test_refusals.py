@@ -168,3 +168,13 @@ def test_float32_with_lora_is_refused_where_triton_runs() -> None:
 def test_the_page_names_each_refused_argument() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert with_table(page) == page, "run: python -m xloom.vllm.engine.argument_table docs/gpu.md"
+
+
+@pytest.mark.parametrize("mixtures", [False, True])
+def test_what_compiles_a_clients_grammar_without_a_limit_is_refused_without_mixtures_too(mixtures: bool) -> None:
+    for library in ("outlines", "lm-format-enforcer"):
+        with pytest.raises(XloomError) as caught:
+            merged({}, {"structured_outputs_config": {"backend": library}}, mixtures=mixtures)
+        assert caught.value.code == "unsupported_setting"
+    wanted = {"structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True}}
+    assert merged({}, wanted, mixtures=mixtures) == wanted

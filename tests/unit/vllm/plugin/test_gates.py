@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xloom.vllm.plugin import gates as module
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, segment_index
 from xloom.vllm.plugin.punica_cpu import lora_linear
 
@@ -38,9 +39,9 @@ def test_gates_multiply_between_shrink_and_expand_of_the_right_rows(rows: slice 
     entry = bundle_rows(rows)
     count = len(torch.arange(TOKENS)[rows])
     gates = torch.rand(count, len(NAMES), 2)
-    entry.set_gates(gates)
     plain = SlotRows(5, 0, slice(1, 2), {"m.q_proj": 4}, None)
     BATCH.rows, BATCH.linears = [entry, plain], {a[0].data_ptr(): NAMES}
+    entry.set_gates(gates)
     expected = y.clone()
     expected[rows, :12] += expected_delta(x[rows], a[0][2], b[0][2], 5, gates[:, 0][:, segment_index(SEGMENTS[0])])
     expected[rows, 12:] += expected_delta(x[rows], a[1][2], b[1][2], 3, gates[:, 1][:, segment_index(SEGMENTS[1])])
@@ -58,18 +59,26 @@ def test_a_bundle_without_gates_is_never_served_as_the_sum_of_its_adapters() -> 
         lora_linear(y, x, a, b)
 
 
-def test_widened_and_narrow_gates_are_the_same() -> None:
-    segments = [[(0, 2), (1, 3)], [(0, 2), (1, 3)]]
+def test_widened_and_narrow_gates_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    BATCH.linears = {1: [NAMES[1], "m.v_proj"], 2: [NAMES[0]], 3: ["m.o_proj"]}
     gates = torch.rand(4, 2, 2)
-    wide = SlotRows(7, 0, slice(0, 4), {}, SlotRouting(routing(NAMES, segments)))
+    wide = SlotRows(7, 0, slice(0, 4), {}, SlotRouting(routing(NAMES, SEGMENTS)))
     wide.set_gates(gates)
-    narrow = SlotRows(7, 0, slice(0, 4), {}, SlotRouting(routing(NAMES, segments)))
-    assert narrow.routing is not None
-    narrow.routing.alike = False
+    monkeypatch.setattr(module, "WIDENED_GATE_BYTES", 0)
+    narrow = SlotRows(7, 0, slice(0, 4), {}, SlotRouting(routing(NAMES, SEGMENTS)))
     narrow.set_gates(gates)
     assert (wide.widened, narrow.widened) == (True, False)
-    for name in NAMES:
-        left, right = wide.gate_of(name), narrow.gate_of(name)
-        assert left is not None
-        assert right is not None
-        assert torch.equal(left, right)
+    for linear, expected in {1: gates[:, 1, [1, 1, 1]], 2: gates[:, 0, [0, 0, 1, 1, 1]], 3: gates[:, 0, :0]}.items():
+        for entry in (wide, narrow):
+            found = entry.gate_of(linear)
+            assert found is not None
+            assert torch.equal(found, expected)
+
+
+def test_gates_for_other_ranks_than_the_weights_are_refused() -> None:
+    x, a, b, y = weights()
+    entry = SlotRows(7, 2, slice(0, TOKENS), {"m.q_proj": 5, "m.v_proj": 3}, SlotRouting(routing(NAMES, SEGMENTS)))
+    BATCH.rows, BATCH.linears = [entry], {a[0].data_ptr(): ["m.q_proj", "m.v_proj"]}
+    entry.set_gates(torch.rand(TOKENS, len(NAMES), 2))
+    with pytest.raises(RuntimeError, match="ranks"):
+        lora_linear(y, x, a, b)

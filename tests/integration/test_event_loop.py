@@ -1,0 +1,159 @@
+"""What a client may ask for holds up no router's event loop: the front end, its limits and a fake engine, measured."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from tests.fakes import FakeBackend, until
+from tests.models import tiny_model
+from xloom.protocol import Logprobs, TokenChunk, TokenRequest
+from xloom.replica.server import ReplicaServer
+from xloom.router.connection import limited
+from xloom.router.directory import ReplicaInfo
+from xloom.router.dispatch import Dispatcher
+from xloom.router.errors import CodedErrors
+from xloom.router.limits import BodyLimits
+from xloom.router.routes import keep_listed
+from xloom.settings import Settings, parse_settings
+from xloom.vllm.front_end import open_front_end
+
+pytestmark = pytest.mark.timeout(300)
+LENGTH = 8192  # of the context, tokens
+BUSY_S = 0.05
+TRIES = 3
+
+
+class Backend(FakeBackend):
+    """Gives log-probabilities too."""
+
+    def _next(self, request: TokenRequest) -> TokenChunk:
+        prompt = request.prompt_token_ids
+        first = len(self.tokens[request.request_id]) == len(prompt)
+        chunk = super()._next(request)
+        if (asked := request.sampling.get("logprobs")) is not None:
+            chunk.logprobs = Logprobs([[chunk.token_ids[0], *range(asked)]], [[-1.5] * (asked + 1)], [1])
+        if first and (asked := request.sampling.get("prompt_logprobs")) is not None:
+            rows = len(prompt) - 1
+            ids = [[token, *range(asked)] for token in prompt[1:]]
+            chunk.prompt_logprobs = Logprobs(ids, [[-1.5] * (asked + 1)] * rows, [1] * rows)
+        return chunk
+
+
+class Endpoint:
+    """A router's application behind its limits, on a port, over one replica."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._infos: list[ReplicaInfo] = []
+        self.dispatcher = Dispatcher(self._discover, "secret", "router")
+        self._replica = ReplicaServer(Backend(), "one", "secret")
+
+    async def _discover(self) -> list[ReplicaInfo]:
+        return self._infos
+
+    async def start(self) -> None:
+        self._infos = [ReplicaInfo("one", "node", *await self._replica.start("127.0.0.1"), 1)]
+        self._front_end = await open_front_end(self._settings, self.dispatcher)
+        app, limits = self._front_end.app, self._settings.router.limits
+        keep_listed(app)
+        stack = CodedErrors(BodyLimits(app, limits), reword=self._front_end.reword)
+        config = uvicorn.Config(stack, port=0, http=limited(limits), ws="none", log_config=None, access_log=False)
+        self._server = uvicorn.Server(config)
+        self.dispatcher.start()
+        self._serving = asyncio.create_task(self._server._serve())
+        await until(lambda: self._server.started and self.dispatcher.is_ready)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        self._server.should_exit = True
+        await self._serving
+        self._front_end.shutdown()
+        await self.dispatcher.close()
+        await self._replica.close()
+
+    async def ask(self, route: str, body: Any) -> tuple[int, bytes]:
+        """POST from a thread."""
+        content = None if body is None else json.dumps(body).encode()
+        return await asyncio.to_thread(self._ask, route, content)
+
+    def _ask(self, route: str, content: bytes | None) -> tuple[int, bytes]:
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            client.request("GET" if content is None else "POST", route, content, {"Content-Type": "application/json"})
+            answer = client.getresponse()
+            return answer.status, answer.read()
+        finally:
+            client.close()
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    model = tiny_model(tmp_path_factory.mktemp("loop") / "base", "llama")
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        written = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(written | {key: LENGTH}))
+    data = {"model": {"source": str(model), "served_name": "base"}, "engine": {"max_model_len": LENGTH}}
+    return parse_settings(data, with_keys=False)
+
+
+@pytest.fixture
+async def endpoint(settings: Settings) -> AsyncIterator[Endpoint]:
+    made = Endpoint(settings)
+    await made.start()
+    yield made
+    await made.close()
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "base", "prompt": "Hello", "max_tokens": 2, **fields}
+
+
+def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "base", "messages": list(messages), "max_tokens": 2, **fields}
+
+
+def tool(number: int) -> dict[str, Any]:
+    properties = {f"p{each}": {"type": "string"} for each in range(25)}
+    return {"type": "function", "function": {"name": f"f{number}", "parameters": {"properties": properties}}}
+
+
+TEXT = "long " * 100_000
+USER = {"role": "user", "content": "a"}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+# As much as the limits let through, or just beyond them.
+REQUESTS: list[tuple[str, str, Any]] = [
+    ("metrics", "/metrics", None),
+    ("half a megabyte to tokenise", "/tokenize", {"model": "base", "prompt": TEXT}),
+    ("a context to tokenise", "/tokenize", {"model": "base", "prompt": "a" * 8000, "return_token_strs": True}),
+    ("many tokens to detokenise", "/detokenize", {"model": "base", "tokens": [65] * 300_000}),
+    ("a prompt of 300,000 tokens", "/v1/completions", completion(prompt=[65] * 300_000)),
+    ("128 prompts of 2,000 tokens", "/v1/completions", completion(prompt=[[65] * 2000] * 128)),
+    ("512 sequences", "/v1/completions", completion(prompt=["a"] * 128, n=4, temperature=1)),
+    ("half a megabyte of text", "/v1/completions", completion(prompt=TEXT)),
+    ("1,024 messages", "/v1/chat/completions", chat(*[USER] * 1024)),
+    (
+        "6,000 parts of a message",
+        "/v1/chat/completions",
+        chat({"role": "user", "content": [{"type": "text", "text": "a"}] * 6000}),
+    ),
+    (
+        "2,800 calls of tools",
+        "/v1/chat/completions",
+        chat({"role": "assistant", "content": "a", "tool_calls": [CALL] * 2800}),
+    ),
+    ("128 tools", "/v1/chat/completions", chat(USER, tools=[tool(number) for number in range(128)])),
+    ("19,000 prompts that are none", "/v1/completions", completion(prompt=[{}] * 19_000)),
+    ("1,000 messages that are none", "/v1/chat/completions", chat(*[{"role": 5}] * 1000)),
+    ("9,000 parts that are none", "/v1/chat/completions", chat({"role": "user", "content": [{"type": 5}] * 9000})),
+    ("1,000 items of input", "/v1/responses", {"model": "base", "input": [USER] * 1000}),
+    ("1,000 items that are none", "/v1/responses", {"model": "base", "input": [{"role": 5}] * 1000}),
+    ("1,000 messages of Anthropic's", "/v1/messages", chat(*[USER] * 1000)),
+    ("128 conversations", "/v1/chat/completions/batch", chat(*[[USER] * 8] * 128)),
+]
