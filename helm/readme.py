@@ -33,8 +33,8 @@ are not part of the chart. Values that can't work are refused as the chart rende
 
 A RayService, and with it through KubeRay the Ray cluster and the service `RELEASE-serve-svc` of the endpoint; service
 accounts without a token; a volume claim for the adapter store, which stays on uninstall; a network policy.
-If asked: a volume claim for caches, Ingress or HTTPRoute and what tells a cloud's load balancer of them, PodDisruptionBudget,
-PodMonitor, ServiceMonitor, PrometheusRule, dashboards.
+If asked: a volume claim for caches, Ingress or HTTPRoute and what tells a cloud's load balancer of them,
+PodDisruptionBudget, PodMonitor, ServiceMonitor, PrometheusRule, dashboards.
 All pods meet the restricted Pod Security Standard, with GPUs too.
 
 ## Values
