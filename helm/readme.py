@@ -32,8 +32,9 @@ are not part of the chart. Values that can't work are refused as the chart rende
 ## What it makes
 
 A RayService, and with it through KubeRay the Ray cluster and the service `RELEASE-serve-svc` of the endpoint; service
-accounts without a token; volume claims for caches and for the adapter store, which stay on uninstall; a network policy.
-If asked: Ingress or HTTPRoute, PodDisruptionBudget, PodMonitor, ServiceMonitor, PrometheusRule, dashboards.
+accounts without a token; a volume claim for the adapter store, which stays on uninstall; a network policy.
+If asked: a volume claim for caches, Ingress or HTTPRoute and what tells a cloud's load balancer of them,
+PodDisruptionBudget, PodMonitor, ServiceMonitor, PrometheusRule, dashboards.
 All pods meet the restricted Pod Security Standard, with GPUs too.
 
 ## Values

@@ -76,6 +76,7 @@ class Router:
         self._starving: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
         self._drain_s = settings.replicas.drain_timeout_s
+        self._draining: Draining | None = None
         RECORDER.start()
         self._tracing = traces.start(watch.traces, "router", router_id)
         journal = journal_for("router", router_id, base, lines=watch.logs.requests, tracing=self._tracing)
@@ -170,7 +171,8 @@ class Router:
         if self._asking is not None:
             self._asking.cancel()
         await listener.close(self._drain_s)
-        self._draining.close()
+        if self._draining is not None:
+            self._draining.close()
         await self._manifest.close()
         await self._dispatcher.close()
         self._front_end.shutdown()

@@ -232,6 +232,6 @@ async def test_a_listener_that_closes_lets_answers_end_in_the_time_it_is_given()
         writer.close()
         return rest
 
-    assert b"last" in await answer_of(HttpListener(slow, "127.0.0.1", 0, LimitSettings()), 20, lets=True)
+    assert b"last" in await answer_of(HttpListener(slow, "127.0.0.1", 0, "test", LimitSettings()), 20, lets=True)
     going.clear()
-    assert b"last" not in await answer_of(HttpListener(slow, "127.0.0.1", 0, LimitSettings()), 1, lets=False)
+    assert b"last" not in await answer_of(HttpListener(slow, "127.0.0.1", 0, "test", LimitSettings()), 1, lets=False)
