@@ -8,6 +8,7 @@ what shows the recorded folding to be right.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,11 +31,12 @@ from xloom.mixtures.reference import Reference
 from xloom.protocol import AdapterRef, XloomError
 from xloom.quantization import overlay, quantise
 from xloom.quantization.checkpoint import load_dequantised, round_tokens, rounds_activations
+from xloom.quantization.fidelity import distance, read_reference, token_logprobs
 from xloom.quantization.folding import read_folding
 from xloom.quantization.model_cache import read_done
 from xloom.quantization.quantise import plan, quantised, quantised_folder
 from xloom.quantization.source import plain_model
-from xloom.settings import IsqSettings, ModelSettings
+from xloom.settings import SAMPLE, IsqSettings, ModelSettings
 from xloom.vllm.engine.backend import VLLMBackend
 
 from ..models import HIDDEN, VOCAB, load_model, peft_logits, tiny_adapter, tiny_bundle, tiny_model, tiny_tokenizer
@@ -47,8 +49,8 @@ PROMPT = list(range(40, 75))
 NEW_TOKENS = 12
 CANDIDATES = 8
 CASES = {"awq": 4, "smoothquant": 8, "rtn": 2}
-# Root mean square over logits of up to 7. The kernel for 4-bit weights takes no float32; with 8-bit activations a value
-# between two steps may fall on either.
+# Root mean square over log-probabilities; logits are of up to 7. The kernel for 4-bit weights takes no float32; with
+# 8-bit activations a value between two steps may fall on either.
 DTYPE = {"awq": "float16", "smoothquant": "float32", "rtn": "float16"}
 TOLERANCE = {"awq": 0.06, "smoothquant": 0.03, "rtn": 0.06}
 
@@ -128,7 +130,7 @@ def served(request: pytest.FixtureRequest, setting: Setting) -> Iterator[Served]
     load = VLLMBackend.load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VLLMBackend, "load", partial(load, isq=isq))
-        engine = Engine(setting.model, dtype=DTYPE[method], extra_args={"logprobs_mode": "raw_logits"})
+        engine = Engine(setting.model, dtype=DTYPE[method])
     folder = Path(quantised(ModelSettings(source=str(setting.model)), isq, "cpu").source)  # from the cache by now
     work = setting.work / method
     work.mkdir()
@@ -158,13 +160,14 @@ def _forward(module: nn.Linear, s_in: Tensor | None, s_out: Tensor | None, round
 
 
 def error(served: Served, ref: AdapterRef | None, logits: Any) -> float:
-    """How far candidates' logits are from `logits(ids) [num_tokens, vocabulary]`, root mean square over new tokens."""
+    """How far candidates' log-probabilities are from those of `logits(ids) [num_tokens, vocabulary]`, root mean square
+    over new tokens."""
     answer = served.engine.generate(PROMPT, ref, max_tokens=NEW_TOKENS, logprobs=CANDIDATES)
-    oracle = logits(PROMPT + answer.tokens)[len(PROMPT) - 1 : -1]
+    oracle = logits(PROMPT + answer.tokens)[len(PROMPT) - 1 : -1].log_softmax(-1)
     differences = [
-        logit - oracle[position, token].item()
+        logprob - oracle[position, token].item()
         for position, candidates in enumerate(answer.scores)
-        for token, logit in candidates.items()
+        for token, logprob in candidates.items()
     ]
     return float(torch.tensor(differences).square().mean().sqrt())
 
@@ -252,6 +255,32 @@ def test_the_checkpoint_says_what_was_done_and_is_smaller(served: Served) -> Non
     outputs = {key.rsplit(".", 2)[-2] for key in folding if key.endswith(".output")}
     assert outputs == ({"v_proj", "up_proj"} if served.method == "awq" else set())
     assert any(scale.max() / scale.min() > 1.5 for scale in folding.values()) == bool(folding)
+
+
+def test_the_served_model_was_held_against_its_own_base(served: Served) -> None:
+    # By the worker as it was made, and by the engine before it took a request; here once more.
+    reference = read_reference(served.folder)
+    assert reference is not None
+    apart, limit = read_done(served.folder)["apart"]
+    assert 0 < apart <= limit
+    plain = load_model(served.plain)
+    assert distance(token_logprobs(plain, reference.ids), reference.logprobs) < 1e-4
+    found = token_logprobs(load_dequantised(served.folder), reference.ids)
+    assert abs(reference.check(found, "it") - apart) < 0.05
+
+
+def test_a_quantised_model_that_is_not_its_base_is_not_served(setting: Setting, tmp_path: Path) -> None:
+    whole = quantised(ModelSettings(source=str(SAMPLE / "base")), setting.isq("rtn", 4), "cpu").source
+    apart, limit = read_done(Path(whole))["apart"]
+    assert apart < limit < 0.3  # a trained model's: a random one is never far from broken
+    broken = Path(shutil.copytree(whole, tmp_path / "broken"))
+    (file,) = broken.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight_scale"] *= 1.5
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(XloomError) as caught:
+        Engine(broken, dtype="bfloat16", xlora=False)
+    assert caught.value.code == "isq_not_its_base"
 
 
 def test_two_bit_weights_take_four_values_in_a_group(served: Served) -> None:

@@ -30,7 +30,7 @@ from xloom.settings import IsqSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of what is written: raised when the same settings come to give other files
+FORMAT = 4  # of what is written: raised when the same settings come to give other files
 LOG_TAIL = 2000  # characters of the worker's log that an error shows
 
 Report = Callable[[str, int, int], None]  # stage, parts done, parts
@@ -101,7 +101,8 @@ def quantised_folder(plan: Plan, isq: IsqSettings, device: str, report: Report |
         start = time.perf_counter()
         with contextlib.nullcontext(report) if report is not None else shown_progress(plan) as tell:
             _work(_job(plan, isq, device, out), tell)
-        (out / "worker.json").unlink(missing_ok=True)
+        told = json.loads((out / "worker.json").read_text(encoding="utf-8"))
+        (out / "worker.json").unlink()
         before, after = stored_bytes(plan.model.folder, plan.model.linears), stored_bytes(out, plan.model.linears)
         return {
             "model": str(plan.model.folder),
@@ -110,6 +111,7 @@ def quantised_folder(plan: Plan, isq: IsqSettings, device: str, report: Report |
             "calibration": isq.calibration if plan.recipe.calibrates else None,
             "samples": isq.calibration_samples if plan.recipe.calibrates else 0,
             "seconds": round(time.perf_counter() - start, 1),
+            "apart": [round(told["apart"], 4), round(told["limit"], 4)],  # from the plain model, and at most: nats
             "linear_bytes": [before[0], after[0]],
             "weight_bytes": [before[1], after[1]],
             "versions": overlay.versions(),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from xloom.protocol import XloomError
-from xloom.quantization import calibration
+from xloom.quantization import calibration, fidelity
 from xloom.quantization.feeding import Fold, cancelling, logits, norm_folds
 from xloom.quantization.folding import FOLDING_FILE
 from xloom.quantization.job import Job, read_job
@@ -102,11 +102,7 @@ def batches(job: Job) -> list[dict[str, Tensor]]:
     length = min(calibration.LENGTH, positions)
     windows = calibration.windows(texts, calibration.encoder(tokenizer), job.samples, length)
     if not any(windows):
-        raise XloomError(
-            "no_calibration",
-            f"isq.calibration {job.calibration!r} is no text to the model's tokenizer.",
-            "Name a file with more text, or sample.",
-        )
+        raise no_text(job.calibration)
     made = []
     for start in range(0, len(windows), BATCH):
         rows = windows[start : start + BATCH]
@@ -114,6 +110,30 @@ def batches(job: Job) -> list[dict[str, Tensor]]:
         ids = torch.tensor([row[:length] for row in rows])
         made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     return made
+
+
+def reference(job: Job, model: Any) -> fidelity.Reference:
+    """What the plain model makes of text that no calibration has seen, where there is such text."""
+    from transformers import AutoTokenizer
+
+    encode = calibration.encoder(AutoTokenizer.from_pretrained(job.model, trust_remote_code=False))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or fidelity.LENGTH
+    named = job.calibration if job.recipe.calibrates else calibration.SAMPLE
+    for held_out in (True, False):
+        texts = calibration.documents(named, held_out=held_out)
+        ids = fidelity.reference_ids(texts, encode, min(fidelity.LENGTH, positions))
+        if ids is not None:
+            return fidelity.reference(model, ids, job.recipe, job.groups, job.ignore)
+    raise no_text(named)
+
+
+def no_text(named: str) -> XloomError:
+    """Of a calibration text in which the tokenizer finds nothing."""
+    return XloomError(
+        "no_calibration",
+        f"isq.calibration {named!r} is no text to the model's tokenizer.",
+        "Name a file with more text, or sample.",
+    )
 
 
 def modifiers(job: Job, model: Any, data: list[dict[str, Tensor]]) -> list[Any]:
@@ -337,7 +357,7 @@ def save(job: Job, model: Any, folding: dict[str, Tensor]) -> None:
         if file.is_file() and file.suffix in TEXT_FILES and named:
             shutil.copyfile(file, out / file.name)
     if folding:
-        (out / FOLDING_FILE).parent.mkdir()
+        (out / FOLDING_FILE).parent.mkdir(exist_ok=True)
         save_file(folding, out / FOLDING_FILE)
 
 
@@ -365,11 +385,21 @@ def work(job: Job, progress: Progress) -> None:
         data = batches(job)
     progress.stage("load")
     model = load(job)
+    progress.stage("compare")
+    plain = reference(job, model)
     folds = quantise(job, model, data, progress)
+    progress.stage("compare")
+    apart = plain.check(fidelity.token_logprobs(model, plain.ids), f"{job.model} at {job.recipe.bits} bits")
     progress.stage("save")
     narrow(job, model)
     save(job, model, folds.tensors())  # by the norms as they are now, rounded
-    result = {"seconds": round(time.perf_counter() - start, 3), "windows": sum(len(each["input_ids"]) for each in data)}
+    fidelity.write_reference(Path(job.out), plain)
+    result = {
+        "seconds": round(time.perf_counter() - start, 3),
+        "windows": sum(len(each["input_ids"]) for each in data),
+        "apart": apart,
+        "limit": plain.limit,
+    }
     (Path(job.out) / "worker.json").write_text(json.dumps(result), encoding="utf-8")
     progress.stage("done")
 

@@ -21,10 +21,12 @@ from xloom.quantization import recipes
 from xloom.vllm.engine.request_limits import RequestLimits, cap_lengths
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine import EngineCoreEvent, EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.engine.core_client import AsyncMPClient
 
+    from xloom.quantization.fidelity import Reference
     from xloom.quantization.folding import Folding
     from xloom.settings import EngineSettings, IsqSettings, ModelSettings
     from xloom.vllm.engine.mixture import MixtureReader
@@ -88,6 +90,7 @@ class VLLMBackend(LLMBackend):
         isq: IsqSettings | None = None,
     ) -> VLLMBackend:
         cls.require()
+        from xloom.quantization.fidelity import read_reference
         from xloom.quantization.folding import read_folding
         from xloom.vllm.engine.arguments import check_pages, engine_config
         from xloom.vllm.engine.causes import recorded, start_error
@@ -96,6 +99,7 @@ class VLLMBackend(LLMBackend):
         if isq is not None:
             model = await asyncio.to_thread(_quantised, model, engine, isq, cls.device(), xlora)
         folding = await asyncio.to_thread(read_folding, Path(model.source))
+        reference = await asyncio.to_thread(read_reference, Path(model.source))
         config = await asyncio.to_thread(engine_config, model, engine, xlora=xlora, max_lora_rank=max_lora_rank)
         # Relied on: EngineCoreClient.make_async_mp_client, Executor.get_class; vLLM 0.32.
         from vllm.v1.engine.core_client import EngineCoreClient
@@ -108,17 +112,19 @@ class VLLMBackend(LLMBackend):
                 )
             except Exception as error:
                 raise start_error(error, causes) from error
-        if xlora:
-            try:
-                check_pages(config)
-            except XloomError:
-                await asyncio.to_thread(core.shutdown)
-                raise
         pages = config.cache_config.num_gpu_blocks or 0  # the engine core reports it back at the end of its start
         logger.info("engine ready: %s, %d KV pages of %d tokens", model.source, pages, config.cache_config.block_size)
         model_config = config.model_config
         sizes = (pages, model_config.get_vocab_size(), model_config.max_model_len)
         backend = cls(core, *sizes, folding, RequestLimits.of(config))
+        try:
+            if xlora:
+                check_pages(config)
+            if reference is not None:
+                await backend._hold(reference, config)
+        except XloomError:
+            await asyncio.to_thread(core.shutdown)
+            raise
         if ray_is_up():  # else nobody would read them, and vLLM's wrappers import Ray Serve
             from xloom.vllm.metrics import SchedulerStatLogger
 
@@ -127,6 +133,15 @@ class VLLMBackend(LLMBackend):
         if xlora:
             backend._mixture = MixtureReader(core)
         return backend
+
+    async def _hold(self, reference: Reference, config: VllmConfig) -> None:
+        from xloom.vllm.engine.served_base import check_served
+
+        model = config.model_config
+        if "logprobs" not in model.logprobs_mode:
+            logger.warning("the engine is told to give logits: it is not compared with its plain model")
+            return
+        await check_served(self, reference, model.model, model.max_model_len)
 
     async def submit(self, request: TokenRequest) -> None:
         from vllm.exceptions import VLLMClientError

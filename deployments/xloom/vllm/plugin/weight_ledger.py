@@ -157,7 +157,7 @@ class Taken(TorchDispatchMode):
     """While open, sees which of the tensors that are handed to a model any operation reads."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pending: dict[int, str] = {}  # by address, which the next tensor may be given
         self._left: list[str] = []
 
