@@ -16,22 +16,25 @@ import msgspec
 import pytest
 import vllm
 from starlette.datastructures import State
-from vllm import envs
+from vllm import envs, platforms
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
 from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
-from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
+from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.lora.request import LoRARequest
+from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tasks import SupportedTask
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import (
     FINISH_REASON_STRINGS,
@@ -78,6 +81,9 @@ SIGNATURES: dict[Any, list[str]] = {
     app_state.init_app_state: ["engine_client", "state", "args", "supported_tasks"],
     launcher.build_app: ["args", "supported_tasks", "model_config"],
     make_arg_parser: ["parser"],
+    validate_parsed_serve_args: ["args"],
+    ToolParserManager.import_tool_parser: ["plugin_path"],
+    CpuPlatform.is_unspecified: ["self"],
     create_error_response: ["message", "err_type", "status_code", "param"],
     SamplingParams._validate_structured_outputs: ["self", "model_config", "structured_outputs_config", "tokenizer"],
     choice_as_grammar: ["choice"],
@@ -135,6 +141,7 @@ FIELDS: dict[type, set[str]] = {
     ErrorInfo: {"message", "type", "param", "code"},
     ModelList: {"data"},
     ModelCard: {"id", "root", "parent", "owned_by", "max_model_len"},
+    ResponsesRequest: {"input"},
     VllmConfig: {"model_config", "lora_config", "structured_outputs_config"},
     LoRAConfig: {"max_lora_rank", "max_loras"},
     StructuredOutputsConfig: {"backend", "disable_any_whitespace"},
@@ -166,6 +173,14 @@ def test_what_is_made_or_read_keeps_its_fields(kind: type) -> None:
     fields, first = fields_of(kind), FIRST_FIELDS.get(kind, [])
     assert fields[: len(first)] == first
     assert FIELDS.get(kind, set()) <= set(fields)
+
+
+def test_another_platform_may_be_put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = CpuPlatform()
+    monkeypatch.setattr(platforms, "current_platform", other)
+    from vllm.platforms import current_platform
+
+    assert current_platform is other
 
 
 def test_every_symbol_the_front_end_imports_is_pinned_here() -> None:
