@@ -51,6 +51,11 @@ def hide(secret: str) -> None:
     _met.add(secret)
 
 
+def holds_key(text: str) -> bool:
+    """Whether a client's key is a word of a text: other processes don't know the key, and would log it."""
+    return any(re.search(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", text) for key in _met)
+
+
 class Redactor:
     """Hides secrets in text: those it was told, those met since, what follows `Bearer` or looks like a hub token."""
 

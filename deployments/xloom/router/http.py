@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
 from xloom.adapters.source_rules import SourceRules
+from xloom.observability.logs import holds_key
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.dispatch import Dispatcher
 from xloom.router.manifest_watch import ManifestWatch
@@ -98,6 +99,7 @@ class Control:
 
     async def add(self, wanted: LoadAdapter) -> Entry:
         """Take an adapter in and wait until every live replica holds it. Raises `XloomError`."""
+        _refuse_keys(wanted.lora_name, wanted.lora_path)
         had = {entry.key for entry in self.manifest.entries}
         entry = await self.store.add(
             wanted.lora_name,
@@ -126,6 +128,7 @@ class Control:
 
     async def remove(self, name: str) -> None:
         """Take an adapter out and wait until no live replica holds it. Raises `XloomError`."""
+        _refuse_keys(name)
         entry = await self.store.remove(name)
         # By its version: the name may be there again, added by another one.
         await self.manifest.wait_version((await self.store.desired(-1, 0)).version, RESIDENT_TIMEOUT_S)
@@ -169,6 +172,12 @@ class Control:
             }
             for entry in self.manifest.entries
         ]
+
+
+def _refuse_keys(*texts: str) -> None:
+    """Raise `XloomError` (invalid_request): the store has no keys, and can't leave them out of its logs."""
+    if any(map(holds_key, texts)):
+        raise XloomError("invalid_request", "A key is part of the adapter's name or source.", "Send it as a header.")
 
 
 def _unknown(entry: Entry, error: XloomError) -> XloomError:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from xloom.observability.logs import bind, fields
+from xloom.observability.logs import bind, fields, holds_key
 from xloom.router.errors import App, Message, Receive, Scope, Send
 from xloom.router.routes import is_open
 
@@ -25,14 +25,19 @@ logger = logging.getLogger("xloom.router.http")
 HEADER = b"x-request-id"
 _SANE = re.compile(rb"[A-Za-z0-9._:-]{1,128}")  # what ids, logs and headers all bear
 _TRACE = frozenset({b"traceparent", b"tracestate"})
+_BEARERS = frozenset({b"authorization", b"x-api-key"})
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 
 def request_id(headers: Headers) -> str:
-    """The client's id where it is sane, else a new one."""
+    """The client's id where it is sane and no key, which other processes' logs would show; else a new one."""
+    headers = list(headers)
     given = next((value for name, value in headers if name == HEADER), b"")
-    return given.decode("ascii") if _SANE.fullmatch(given) else uuid.uuid4().hex
+    sent = [part for name, value in headers if name in _BEARERS for part in value.split()]
+    if _SANE.fullmatch(given) and given not in sent and not holds_key(given.decode("ascii")):
+        return given.decode("ascii")
+    return uuid.uuid4().hex
 
 
 class RequestIdMiddleware:

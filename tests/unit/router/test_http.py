@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import ReplicaReport
 from xloom.adapters.source_rules import SourceRules
+from xloom.observability import logs
 from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
 from xloom.router.http import Control, LoadAdapter, UnloadAdapter
 
@@ -96,6 +97,16 @@ async def test_the_store_is_told_what_is_to_be_verified(verify: bool) -> None:
     with pytest.raises(XloomError):
         await control.add(LoadAdapter(lora_name="code", lora_path="./new", verify=verify))
     assert store.verified is verify
+
+
+@pytest.mark.parametrize(("name", "path"), [("sk-123", "./a"), ("a", "/x/sk-123")])
+async def test_a_key_does_not_reach_the_store(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_met", {"sk-123"})
+    control = Control("base", 64, cast(Any, None), cast(Any, Watch()), cast(Any, None), RULES)
+    with pytest.raises(XloomError) as caught:
+        await control.add(LoadAdapter(lora_name=name, lora_path=path))
+    assert caught.value.code == "invalid_request"
+    assert "sk-123" not in str(caught.value)
 
 
 async def test_what_was_served_before_is_not_taken_back() -> None:

@@ -27,6 +27,12 @@ def test_any_other_is_replaced(given: bytes) -> None:
     assert made != request_id([(HEADER, given)])
 
 
+@pytest.mark.parametrize("header", [(b"authorization", b"Bearer sk-123"), (b"x-api-key", b"sk-123")])
+def test_a_key_is_no_id(header: tuple[bytes, bytes]) -> None:
+    assert request_id([header, (HEADER, b"sk-123")]) != "sk-123"
+    assert request_id([header, (HEADER, b"sk-1234")]) == "sk-1234"
+
+
 def test_without_one_it_is_made() -> None:
     assert request_id([]) != request_id([])
 
