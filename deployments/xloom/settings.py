@@ -182,7 +182,7 @@ class LimitSettings(_Section):
     logit_bias: int = Field(1024, ge=0)
     tools: int = Field(128, ge=0)
     schema_bytes: int = Field(131_072, ge=1)  # of a JSON schema, a regular expression, a grammar, or all tools
-    grammar_timeout_s: float = Field(5, gt=0)  # to compile one
+    grammar_timeout_s: float = Field(1, gt=0)  # of processor time, to compile one; an engine gives up after 5
     grammar_bytes: int = Field(2 * 2**30, ge=256 * 2**20)  # memory of the process that does
 
 

@@ -23,7 +23,11 @@ Compile = Callable[[str, str], None]  # kind, spec
 
 
 def main(library: str, compact: bool, seconds: float, memory: int) -> None:
-    """Serve stdin until it ends. A grammar that takes longer than `seconds`, or more `memory`, ends the process."""
+    """Serve stdin until it ends. A grammar that takes over `seconds` of processor time or `memory` ends the process.
+
+    vLLM's engines give a regular expression 5 s (`vllm.v1.structured_output.utils.compile_regex_with_timeout`, 0.32),
+    by the clock and with their model beside it: what is let through must be well within that.
+    """
     os.nice(10)  # the router and engines of this machine come first
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -34,7 +38,8 @@ def main(library: str, compact: bool, seconds: float, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # should nobody be left to end this process
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, 20 * seconds)  # should nobody be left to end this process
         try:
             asked = json.loads(line)
             compile_grammar(asked["kind"], asked["spec"])
@@ -43,7 +48,8 @@ def main(library: str, compact: bool, seconds: float, memory: int) -> None:
             os._exit(1)
         except Exception as raised:  # the libraries' errors have no common type
             error = str(raised)[:1000]
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
         print(json.dumps({"error": error}), file=answers, flush=True)
 
 

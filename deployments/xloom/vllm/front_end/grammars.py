@@ -30,6 +30,7 @@ WAITING = 64  # grammars that may wait for a worker
 REMEMBERED = 4096  # grammars whose outcome is known
 REFUSED_S = 60.0  # how long one that was refused is: the machine may have been busy
 START_S = 60.0
+WALL = 10  # times the limit of processor time: for a machine that has others to run
 
 Job = tuple[str, str]  # kind, spec
 
@@ -117,7 +118,7 @@ class GrammarCheck:
             try:
                 if worker is None:
                     worker = await self._start()
-                outcome = await worker.compile(job, self._limits.grammar_timeout_s)
+                outcome = await worker.compile(job, WALL * self._limits.grammar_timeout_s)
             except (OSError, TimeoutError, ValueError):
                 if worker is not None:
                     worker.end()
