@@ -8,6 +8,7 @@ other way.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +26,11 @@ class XloomError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.cure}".strip() + f" [{self.code}]"
+
+
+def some_of(names: Sequence[str], shown: int = 8) -> str:
+    """Names for a message: the first of many."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def adapter_key(name: str, generation: str) -> str:

@@ -10,7 +10,7 @@ from xloom.adapters.source_rules import is_local
 from xloom.app import own_rules
 from xloom.commands.checks import Finding
 from xloom.preflight import refusals
-from xloom.protocol import Overrides, XloomError
+from xloom.protocol import Overrides, XloomError, some_of
 from xloom.router.exposure import is_loopback
 from xloom.settings import AdapterSettings, RouterSettings, Settings, XLoraSettings
 
@@ -37,7 +37,7 @@ def check_weights(settings: Settings) -> list[Finding]:
     if not any(folder.glob("*.safetensors")):
         return []  # a hub id, or a folder that another check is about
     try:
-        from xloom.engines.transformers.checkpoint import loading_info, refuse_missing, some
+        from xloom.engines.transformers.checkpoint import loading_info, refuse_missing
 
         info = loading_info(folder)
         refuse_missing(source, info)
@@ -51,7 +51,7 @@ def check_weights(settings: Settings) -> list[Finding]:
         )
         return [Finding("weights", "warn", detail)]
     if extra := sorted(map(str, info["unexpected_keys"])):
-        return [Finding("weights", "warn", f"{len(extra)} tensors have no place in the model: {some(extra)}")]
+        return [Finding("weights", "warn", f"{len(extra)} tensors have no place in the model: {some_of(extra)}")]
     return [Finding("weights", "ok", "the checkpoint gives all that the model has")]
 
 

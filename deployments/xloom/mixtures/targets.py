@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from xloom.protocol import XloomError
+from xloom.protocol import XloomError, some_of
 
 PREFIX = "base_model.model."
 # Wrappers that training puts around modules: torch.compile, FSDP, activation checkpointing.
@@ -80,11 +80,11 @@ def check_targets(folder: Path, config: Mapping[str, Any], held: Iterable[str], 
         return
     wanted = {module for module in modules if is_targeted(config, module)}
     if missing := sorted(wanted - held):
-        message = f"{folder} lacks {_listed(missing)}, which its target_modules names."
+        message = f"{folder} lacks {some_of(missing, 3)}, which its target_modules names."
         cure = "Save the adapter whole (no filter on names), or correct target_modules if these were never trained."
         raise XloomError("broken_adapter", message, cure)
     if surplus := sorted(held - wanted):
-        message = f"{folder} holds {_listed(surplus)}, which its target_modules does not name."
+        message = f"{folder} holds {some_of(surplus, 3)}, which its target_modules does not name."
         raise XloomError("broken_adapter", message, "PEFT would leave them out: correct target_modules.")
     targets = config["target_modules"]
     if not isinstance(targets, str):
@@ -92,7 +92,3 @@ def check_targets(folder: Path, config: Mapping[str, Any], held: Iterable[str], 
             if not any(_names(target, module) for module in held):
                 message = f"{folder}: target_modules names {target!r}, for which the file holds nothing."
                 raise XloomError("broken_adapter", message, "Take it out of target_modules if it was never trained.")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

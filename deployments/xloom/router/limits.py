@@ -37,7 +37,8 @@ class BodyLimits:
         except XloomError as error:
             await send_error(send, error)
             return
-        await self._app(scope, _replayed(body, receive), send)
+        message = {"type": "http.request", "body": body, "more_body": False}
+        await self._app(scope, replayed(message, receive), send)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         most = self._limits.body_bytes
@@ -68,8 +69,8 @@ def _too_large(most: int) -> XloomError:
     return XloomError("body_too_large", f"The body is over {most} bytes.", cure, 413)
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once; after it what comes next, which is that the client leaves."""
+def replayed(message: Message, receive: Receive) -> Receive:
+    """Gives a message once more; after it what comes next: of a whole body, that the client leaves."""
     given = False
 
     async def replay() -> Message:
@@ -77,6 +78,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         if given:
             return await receive()
         given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return message
 
     return replay

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from xloom.protocol import XloomError
+from xloom.protocol import XloomError, some_of
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 8  # names in a message
 # Of a quantised linear: what stands for its weight, and what comes with that.
 WEIGHTS = ("weight_packed", "qweight")
 PARTS = (
@@ -31,16 +30,11 @@ def refuse_missing(source: str, info: Mapping[str, Collection[Any]]) -> None:
     if missing:
         raise XloomError(
             "model_not_loadable",
-            f"The checkpoint of {source} lacks {len(missing)} of the model's weights: {some(missing)}.",
+            f"The checkpoint of {source} lacks {len(missing)} of the model's weights: {some_of(missing)}.",
             "The model's weights are missing or damaged: download it again, as safetensors.",
         )
     if extra := sorted(map(str, info["unexpected_keys"])):
-        logger.warning("%d tensors of %s have no place in the model: %s", len(extra), source, some(extra))
-
-
-def some(names: list[str]) -> str:
-    """Names for a message: the first of many."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        logger.warning("%d tensors of %s have no place in the model: %s", len(extra), source, some_of(extra))
 
 
 def loading_info(folder: Path) -> Mapping[str, Collection[Any]]:

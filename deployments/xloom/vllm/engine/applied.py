@@ -6,14 +6,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xloom.protocol import AdapterRef, XloomError
+from xloom.protocol import AdapterRef, XloomError, some_of
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core_client import AsyncMPClient
 
 logger = logging.getLogger(__name__)
-
-SHOWN = 8  # names in an error
 
 
 async def check_applied(core: AsyncMPClient, ref: AdapterRef, folder: Path, lora_id: int | None = None) -> None:
@@ -37,10 +35,8 @@ async def check_applied(core: AsyncMPClient, ref: AdapterRef, folder: Path, lora
         )
     left_out = sorted(set.intersection(*map(set, answers)))
     if left_out:
-        named = ", ".join(left_out[:SHOWN])
-        more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
         raise XloomError(
             "not_applied",
-            f"{ref.name!r} adapts {named}{more}: there vLLM runs no LoRA on this model, and would leave it out.",
+            f"{ref.name!r} adapts {some_of(left_out)}: there vLLM runs no LoRA on this model, and would leave it out.",
             "Adapt the decoder's attention and MLP projections, or set engine.backend to transformers.",
         )

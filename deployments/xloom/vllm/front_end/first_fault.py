@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from xloom.protocol import XloomError
-from xloom.router.errors import App, Message, Receive, Scope, Send, send_error
+from xloom.router.errors import App, Receive, Scope, Send, send_error
+from xloom.router.limits import replayed
 
 FEW = 8  # items and parts of them whose faults may all be told
 
@@ -42,7 +43,7 @@ class FirstFault:
         except XloomError as error:
             await send_error(send, error)
             return
-        await self._app(scope, _again(message, receive), send)
+        await self._app(scope, replayed(message, receive), send)
 
 
 def _check(items: list[Any]) -> None:
@@ -70,16 +71,3 @@ def _thin(value: Any, part: int) -> Any:
     if isinstance(value, dict):
         return {name: _thin(each, part) for name, each in value.items()}
     return [_thin(value[min(part, len(value) - 1)], part)] if isinstance(value, list) and value else value
-
-
-def _again(message: Message, receive: Receive) -> Receive:
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return message
-
-    return replay

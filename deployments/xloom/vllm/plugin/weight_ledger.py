@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xloom.protocol import some_of
+
 logger = logging.getLogger(__name__)
 
-SHOWN = 8  # names in an error or a warning
 # By bytes a value; as 16-bit, 32-bit and 8-bit floats none of them is a number, and no checkpoint holds these.
 PATTERNS = {
     1: (torch.int8, 0x7F),
@@ -218,17 +219,12 @@ def with_ledger(original: Callable[..., None]) -> Callable[..., None]:
         if missing:
             raise ValueError(
                 f"{len(missing)} of the model's weights were not initialized from its checkpoint, which lacks them: "
-                f"{_some(missing)}"
+                f"{some_of(missing)}"
             )
         tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
         if extra := taken.left_out(tied=tied):
-            logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(extra), _some(extra))
+            logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(extra), some_of(extra))
         model.xloom_filled = True
         return None
 
     return load_weights
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
