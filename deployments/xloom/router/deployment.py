@@ -148,8 +148,11 @@ class Router:
         return infos
 
     async def _ask_why(self) -> None:
-        """Why no replica is there: asked of the controller no more often than it changes."""
-        self._dispatcher.start_failure = await engine_failure()
+        """Why no replica is there: asked of the controller no more often than it changes.
+
+        What was told stays where the controller has nothing to add: between two tries its words are empty.
+        """
+        self._dispatcher.start_failure = await engine_failure() or self._dispatcher.start_failure
         await asyncio.sleep(FAILURE_PERIOD_S)
 
     def _ask_for_a_replica(self) -> None:

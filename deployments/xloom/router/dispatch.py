@@ -68,7 +68,7 @@ class Dispatcher:
         self.on_tokens: OnStep = lambda chunks: None
         self.on_failed: OnFailed = lambda request_id, error: None
         self.on_figures: Callable[[], None] = lambda: None  # a replica reported
-        self.start_failure = ""  # why the newest replica did not start, where there is none
+        self.start_failure = ""  # why the last replica that did not start did not; cleared once one is there
         self.newest: Callable[[AdapterRef], AdapterRef | None] = lambda ref: ref  # what its name stands for now
         self.on_starved: Callable[[], None] = lambda: None  # requests wait and there is no replica
         self.draining = False  # the router is to end

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
 from xloom.commands.status import show_status
+from xloom.router import deployment
 from xloom.router.dispatch import Dispatcher
 from xloom.router.start_failures import said_of
 
@@ -49,3 +52,20 @@ def test_the_status_names_the_cause() -> None:
     file = io.StringIO()
     show_status(Endpoint(), Console(file=file, width=80), as_json=False)  # type: ignore[arg-type]
     assert "no weights. Save them. [model_not_loadable]" in file.getvalue()
+
+
+async def test_what_was_told_stays_while_the_controller_has_nothing_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tries of Serve its words are empty, and a busy controller answers late: neither is news."""
+    said = iter(["no weights", "", "no memory"])
+
+    async def engine_failure() -> str:
+        return next(said)
+
+    monkeypatch.setattr(deployment, "engine_failure", engine_failure)
+    monkeypatch.setattr(deployment, "FAILURE_PERIOD_S", 0)
+    router = SimpleNamespace(_dispatcher=SimpleNamespace(start_failure=""))
+    told = []
+    for _ in range(3):
+        await deployment.Router._ask_why(router)  # type: ignore[arg-type]
+        told.append(router._dispatcher.start_failure)
+    assert told == ["no weights", "no weights", "no memory"]
