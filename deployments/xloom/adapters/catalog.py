@@ -25,7 +25,7 @@ from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_number
 from xloom.storage.durable import sync, sync_tree
 
 if TYPE_CHECKING:
-    from xloom.mixtures.prepare import Prepared
+    from xloom.mixtures.stacking import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.base import Routing
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.routing.xlora import XLoraRouting
 
 WIDENED_GATE_BYTES = 256 << 20  # above this the gates are widened to ranks linear by linear, not all at once
 
@@ -33,7 +35,7 @@ class SlotRouting:
         self.name = name  # the bundle's, with its generation
         self.row = {name: number for number, name in enumerate(routing.modules)}
         self.segments = [segment_index(segments) for segments in routing.segments]  # M times [R_m]
-        self.scaling_pass_gates = routing.scaling_pass_gates()  # [M, K]
+        self.constant = _constant(routing)
         self._layout: GateLayout | None = None
 
     def layout(self, linears: Mapping[int, Sequence[str]]) -> GateLayout:
@@ -47,6 +49,13 @@ class SlotRouting:
                 places[address], first = slice(first, last), last
             self._layout = GateLayout(torch.cat(found), places)
         return self._layout
+
+
+def _constant(routing: Routing) -> torch.Tensor | None:
+    """Gates `[M, K]` that are no token's own: a scaling pass's, or a fixed mixture's."""
+    if isinstance(routing, XLoraRouting):
+        return routing.scaling_pass_gates()
+    return routing.gates() if isinstance(routing, FixedRouting) else None
 
 
 def segment_index(segments: Sequence[Sequence[int]]) -> torch.Tensor:

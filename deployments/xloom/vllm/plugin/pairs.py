@@ -11,7 +11,6 @@ prepared folder.
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,8 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from xloom.mixtures.options import XLORA_FILE
+from xloom.mixtures.routing.base import Source
+from xloom.mixtures.routing.registry import read_description
 from xloom.mixtures.single_pass import segment_end
 
 SCALING_MARK = "~scaling"  # in a scaling sequence's id; what precedes it is the mixture's request
@@ -45,7 +45,7 @@ def mixture_id(request_id: str) -> str:
 
 
 class GateSource(NamedTuple):
-    """Where the gates of a prepared bundle's tokens come from."""
+    """Which hidden states the gates of a prepared bundle's tokens come from."""
 
     scaling_pass_value: float
     routing_passes: int
@@ -54,16 +54,15 @@ class GateSource(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def gate_source(path: str) -> GateSource | None:
-    """A prepared bundle's; None for a plain adapter."""
-    file = Path(path) / XLORA_FILE
-    if not file.is_file():
+    """A prepared bundle's; None for a plain adapter, and for a mixture whose gates come from no hidden states."""
+    found = read_description(Path(path))
+    if found is None or found[0].source is not Source.HIDDEN:
         return None
-    routing = json.loads(file.read_text(encoding="utf-8"))["routing"]
-    return GateSource(*(routing[field] for field in GateSource._fields))
+    return GateSource(*(found[1]["routing"][field] for field in GateSource._fields))
 
 
 def source_of(lora: LoRARequest | None) -> GateSource | None:
-    """Where the gates of a request come from; None if it is for no mixture."""
+    """Which hidden states the gates of a request come from; None if none do."""
     return None if lora is None else gate_source(lora.lora_path)
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xloom.mixtures.options import XLORA_FILE
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.registry import load_routing, read_description
 from xloom.vllm.plugin.weight_ledger import with_ledger
 
 if TYPE_CHECKING:
@@ -135,11 +134,11 @@ def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, lora_request: Any) -> Any:
         model = original(self, lora_request)
         folder = Path(lora_request.lora_path)
-        if (folder / XLORA_FILE).is_file():
+        if read_description(folder) is not None:
             from xloom.vllm.plugin.gates import SlotRouting
 
             gater = gater_of(self._adapter_manager)
-            model.xloom_routing = SlotRouting(Routing.load(folder).to(self.device), lora_request.lora_name)
+            model.xloom_routing = SlotRouting(load_routing(folder).to(self.device), lora_request.lora_name)
             gater.reserve(model.xloom_routing)
         return model
 

@@ -18,6 +18,8 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from xloom.mixtures.routing.base import Routing
+from xloom.mixtures.routing.xlora import XLoraRouting
 from xloom.mixtures.single_pass import segment_end
 from xloom.vllm.plugin.gate_store import GateStore, Span
 from xloom.vllm.plugin.gates import BATCH, SlotRouting
@@ -119,7 +121,7 @@ class MixtureStep:
         single = self._single.get(row.request_id)
         if is_scaling(row.request_id) or (single is not None and single.prefill == "lagged" and row.position == 0):
             assert routing is not None
-            return Span(row.request_id, row.position, row.num_tokens, routing.scaling_pass_gates)
+            return Span(row.request_id, row.position, row.num_tokens, routing.constant)
         return Span(row.request_id, row.position, row.num_tokens)
 
     def make(self, rows: Sequence[Row], hidden: Tensor) -> None:
@@ -132,7 +134,7 @@ class MixtureStep:
                 by_bundle.setdefault(making.bundle.lora_int_id, []).append(making)
         for makings in by_bundle.values():
             routing = self._routing(makings[0].bundle)
-            gates = self._gates(routing, _picked(hidden, makings))
+            gates = self._gates(routing.routing, _picked(hidden, makings))
             first = 0
             for each in makings:
                 alike = each.num_rows < each.num_tokens
@@ -158,9 +160,10 @@ class MixtureStep:
         count = segment_end(end, single.num_client_tokens, single.prefill) - end
         return _Making(single.bundle, row.request_id, end, count, row.first + row.num_tokens - 1, 1)
 
-    def _gates(self, routing: SlotRouting, hidden: Tensor) -> Tensor:
+    def _gates(self, routing: Routing, hidden: Tensor) -> Tensor:
         """`[num_rows, M, K]`, made by the first rank for all: near a top-k's edge ranks may differ in the last bit."""
-        gates = routing.routing.gates(hidden)
+        assert isinstance(routing, XLoraRouting)
+        gates = routing.gates(hidden)
         group = get_tp_group()
         if group.world_size == 1:
             return gates
