@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from xloom.mixtures.linear_router import LinearRouter
 from xloom.mixtures.modules import linear_modules
 
 HIDDEN = 64
@@ -258,6 +259,18 @@ def tiny_bundle(
         (folder / "xlora_config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "xlora_classifier.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def linear_router(model_folder: Path, adapters: Mapping[str, Path], **options: Any) -> LinearRouter:
+    """A random linear router over adapters that lie in a folder with it."""
+    generator = torch.Generator().manual_seed(8)
+    count = len(adapters)
+    layers = {
+        name: (torch.randn(count, inputs, generator=generator), torch.randn(count, generator=generator))
+        for name, (_, inputs) in linear_modules(str(model_folder)).items()
+        if name != "lm_head"
+    }
+    return LinearRouter({name: folder.name for name, folder in adapters.items()}, layers, **options)
 
 
 def load_model(folder: Path) -> PreTrainedModel:

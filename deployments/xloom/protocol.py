@@ -13,6 +13,9 @@ from typing import Any
 
 import msgspec
 
+MIXTURES = ("xlora", "arrow", "fixed", "linear")  # kinds of mixture: where their gates come from
+KINDS = ("lora", *MIXTURES)  # of what is served beside the base model
+
 
 class XloomError(Exception):
     """A user's or operator's mistake, or a failure they can act on: a stable code, what happened, the cure.
@@ -59,7 +62,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
     @property
     def is_mixture(self) -> bool:
         """Whether it has gates."""
-        return self.kind != "lora"
+        return self.kind in MIXTURES
 
     @property
     def key(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.models import (
     ADAPTERS,
+    linear_router,
     load_model,
     peft_arrow,
     peft_greedy,
@@ -158,16 +159,6 @@ def test_fixed_without_weights_is_the_mean_of_the_adapters(llama: Path, tmp_path
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
-def router_of(model: Path, folders: dict[str, Path], **options: Any) -> LinearRouter:
-    generator = torch.Generator().manual_seed(8)
-    layers = {
-        name: (torch.randn(len(folders), inputs, generator=generator), torch.randn(len(folders), generator=generator))
-        for name, (_, inputs) in linear_modules(str(model)).items()
-        if name != "lm_head"
-    }
-    return LinearRouter({name: folder.name for name, folder in folders.items()}, layers, **options)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -180,7 +171,7 @@ def router_of(model: Path, folders: dict[str, Path], **options: Any) -> LinearRo
 )
 def test_a_linear_router_equals_its_formula(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     folders = adapters(tmp_path / "bundle", llama, ADAPTERS)
-    router = router_of(llama, folders, **options)
+    router = linear_router(llama, folders, **options)
     save_linear_router(tmp_path / "bundle", router)
     prepare_linear(tmp_path / "bundle", linear_modules(str(llama)), tmp_path / "out", max_rank=64)
     found = OnePassReference.load(load_model(llama), tmp_path / "out").logits(PROMPT)
@@ -240,7 +231,7 @@ def test_ranks_beyond_the_limit_are_refused(llama: Path, tmp_path: Path) -> None
 
 def test_a_router_without_weights_for_a_linear_is_refused(llama: Path, tmp_path: Path) -> None:
     folders = adapters(tmp_path / "bundle", llama)
-    router = router_of(llama, folders)
+    router = linear_router(llama, folders)
     name = "model.layers.1.mlp.down_proj"
     layers = {key: value for key, value in router.layers.items() if key != name}
     save_linear_router(tmp_path / "bundle", LinearRouter(router.adapters, layers))
@@ -250,7 +241,7 @@ def test_a_router_without_weights_for_a_linear_is_refused(llama: Path, tmp_path:
 
 def test_a_router_names_no_folder_outside(llama: Path, tmp_path: Path) -> None:
     folders = adapters(tmp_path / "bundle", llama)
-    router = router_of(llama, folders)
+    router = linear_router(llama, folders)
     save_linear_router(tmp_path / "bundle", router)
     file = tmp_path / "bundle" / "router_config.json"
     outside = tiny_adapter(tmp_path / "other" / "code", llama)

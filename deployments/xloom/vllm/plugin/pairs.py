@@ -11,6 +11,8 @@ prepared folder.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ SCALING_MARK = "~scaling"  # in a scaling sequence's id; what precedes it is the
 # In SamplingParams.extra_args:
 BUNDLE_ARG = "xloom_bundle"  # of a scaling sequence: the LoRARequest whose router reads the hidden states
 PROMPT_ARG = "xloom_prompt_tokens"  # of a request that goes on elsewhere: the tokens of its prompt that a client sent
+WEIGHTS_ARG = "xloom_weights"  # of a mixture of constants: the request's own, one for each adapter, in their order
 
 
 def scaling_id(request_id: str) -> str:
@@ -59,6 +62,34 @@ def gate_source(path: str) -> GateSource | None:
     if found is None or found[0].source is not Source.HIDDEN:
         return None
     return GateSource(*(found[1]["routing"][field] for field in GateSource._fields))
+
+
+class Constants(NamedTuple):
+    """A prepared mixture whose gates are constants."""
+
+    names: tuple[str, ...]  # of its adapters
+    weights: tuple[float, ...]  # its own
+
+
+@lru_cache(maxsize=4096)
+def constants_of(path: str) -> Constants | None:
+    """A prepared folder's; None where gates are no constants."""
+    found = read_description(Path(path))
+    if found is None or found[0].source is not Source.CONSTANT:
+        return None
+    return Constants(tuple(found[1]["adapter_names"]), tuple(map(float, found[1]["routing"]["weights"])))
+
+
+def with_weights(sampling: SamplingParams, salt: str | None, weights: Sequence[float]) -> str:
+    """Give a mixture's request its weights. The salt it needs then: no other weights read its pages, nor it theirs.
+
+    vLLM tells cache blocks apart by `Request.cache_salt` in the first of them, and each by the one before it
+    (vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys, 0.32). Requests with the mixture's own weights have
+    such a salt, too: it is a digest with what the client sent in it, so that nobody can ask for another's.
+    """
+    sampling.extra_args = (sampling.extra_args or {}) | {WEIGHTS_ARG: list(weights)}
+    identity = json.dumps([salt, *(float(weight).hex() for weight in weights)])
+    return hashlib.sha256(b"xloom weights" + identity.encode()).hexdigest()
 
 
 def source_of(lora: LoRARequest | None) -> GateSource | None:
