@@ -233,6 +233,14 @@ class SourceLimits(_Section):
     stall_s: float = Field(30, gt=0)  # seconds without a byte
 
 
+class RequestMixtureSettings(_Section):
+    """What is kept for requests that mix adapters by weights of their own."""
+
+    most: int = Field(16, ge=1)  # sets of adapters
+    idle_s: float = Field(600, gt=0)  # until one that no request has used is taken out
+    wait_s: float = Field(60, gt=0)  # the first request for one waits so long
+
+
 class StoreSettings(_Section):
     """The adapter store's folders, and what may be added to it at run time."""
 
@@ -242,6 +250,7 @@ class StoreSettings(_Section):
     # Prefixes of sources that may be added at run time, beside those that `adapters` and `xlora` name.
     sources: list[str] = ["hf://"]
     limits: SourceLimits = SourceLimits()
+    request_mixtures: RequestMixtureSettings = RequestMixtureSettings()
 
     @field_validator("sources")
     @classmethod
