@@ -31,10 +31,11 @@ from .machine import machine
 from .random_models import EXPERTS, LARGE, RANK, SEVEN_B, Shape, write_adapter, write_bundle, write_model
 
 ROOT = Path(__file__).parents[1]
+Adapters = dict[str, tuple[str, str]]  # name -> kind, prepared folder
 console = Console(stderr=True)
 
 
-def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> dict[str, tuple[str, str]]:
+def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> Adapters:
     """What replicas load, by name: kind and folder. The plain adapter is of the mixtures' rank."""
     linears = linear_modules(str(model))
     hidden = json.loads((model / "config.json").read_text())["hidden_size"]
@@ -50,7 +51,7 @@ def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> dict[str, t
     }
 
 
-def as_before(adapters: dict[str, tuple[str, str]], out: Path) -> dict[str, tuple[str, str]]:
+def as_before(adapters: Adapters, out: Path) -> Adapters:
     """The same for a version that does not know of routing in one pass."""
     found = {name: given for name, given in adapters.items() if name != "single"}
     kind, folder = found["mixture"]
@@ -66,7 +67,7 @@ class Engine:
     """A process of `benchmarks.rows_engine`, with the package from one folder."""
 
     def __init__(self, name: str, package: Path, options: dict[str, Any], environment: dict[str, str]) -> None:
-        self.name, self.adapters = name, options["adapters"]
+        self.name, self.adapters = name, {}
         path = os.pathsep.join([str(package), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.rows_engine", json.dumps(options)],
@@ -76,9 +77,19 @@ class Engine:
             text=True,
         )
 
+    def give(self, adapters: Adapters) -> None:
+        """What it is to serve; it may still be loading its model."""
+        self.adapters = adapters
+        self._say(adapters)
+
     def wait(self) -> None:
-        """Until it is ready."""
+        """Until it is ready, with the adapters it was given."""
         self._answer()
+
+    def _say(self, line: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(line) + "\n")
+        self._process.stdin.flush()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -90,9 +101,7 @@ class Engine:
 
     def run(self, **job: Any) -> dict[str, float]:
         """One burst of requests."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        self._say(job)
         return self._answer()
 
     def close(self) -> None:
@@ -114,6 +123,7 @@ class Scenario:
     single_stream: bool = False  # measured too
 
 
+PLAIN, BEFORE = "vLLM with LoRA", "before"
 RANDOM = {"load_format": "dummy", "skip_tokenizer_init": True}
 SCENARIOS = {
     "large": Scenario("a model of 200 M parameters", LARGE, 16, 32, 40, {"dtype": "float32", "extra_args": RANDOM}),
@@ -212,33 +222,34 @@ def table(title: str, found: Found, cases: dict[str, Case], rounds: int) -> dict
     return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
-def engines_of(
-    which: str, adapters: dict[str, tuple[str, str]], model: Path, arguments: argparse.Namespace, work: Path
-) -> list[Engine]:
-    """The engines that take turns, ready."""
+def engines_of(which: str, model: Path, arguments: argparse.Namespace, work: Path) -> list[Engine]:
+    """The engines that take turns, loading."""
     scenario = SCENARIOS[which]
     engine = {"max_num_seqs": 64, "max_model_len": 1024, "max_adapters": 4} | scenario.engine
     vocabulary = (scenario.shape or {"vocab_size": 4000})["vocab_size"]
-    options = {
-        "model": str(model), "xlora": True, "rank": EXPERTS * RANK, "vocabulary": vocabulary, "adapters": adapters,
-        "engine": engine,
-    }  # fmt: skip
+    options = {"model": str(model), "xlora": True, "rank": EXPERTS * RANK, "vocabulary": vocabulary, "engine": engine}
     here = ROOT / "deployments"
     engines = [Engine("now", here, options, {})]
     if which == "gpu":
         untuned = work / "untuned"
         untuned.mkdir()
-        bare = options | {"xlora": False, "adapters": {"adapter": adapters["adapter"]}}
-        engines.append(Engine("vLLM with LoRA", here, bare, {"VLLM_TUNED_CONFIG_FOLDER": str(untuned)}))
-        if arguments.kernels:
-            kernels = {"VLLM_TUNED_CONFIG_FOLDER": str(arguments.kernels)}
-            engines.append(Engine("now, tuned here", here, options, kernels))
+        engines.append(Engine(PLAIN, here, options | {"xlora": False}, {"VLLM_TUNED_CONFIG_FOLDER": str(untuned)}))
+    if arguments.kernels:
+        engines.append(Engine("now, tuned here", here, options, {"VLLM_TUNED_CONFIG_FOLDER": str(arguments.kernels)}))
     if arguments.before:
-        old = options | {"adapters": as_before(adapters, work / which / "before")}
-        engines.append(Engine("before", arguments.before, old, {}))
+        engines.append(Engine(BEFORE, arguments.before, options, {}))
+    return engines
+
+
+def make_ready(engines: list[Engine], adapters: Adapters, old: Path) -> None:
+    """Give each engine what it serves, and wait for all."""
+    for each in engines:
+        if each.name == PLAIN:
+            each.give({"adapter": adapters["adapter"]})
+        else:
+            each.give(as_before(adapters, old) if each.name == BEFORE else adapters)
     for each in engines:
         each.wait()
-    return engines
 
 
 def main() -> None:
@@ -258,17 +269,18 @@ def main() -> None:
         for which in [arguments.only] if arguments.only else ["large", "sample"]:
             scenario = SCENARIOS[which]
             (work / which).mkdir()
+            model, bundle, adapter = SAMPLE / "base", SAMPLE / "blend", SAMPLE / "adapters" / "code"
             if scenario.shape:
                 model = write_model(work / "model", scenario.shape)
-                linears = {name: size for name, size in linear_modules(str(model)).items() if name != "lm_head"}
-                bundle = write_bundle(work / "bundle", linears, scenario.shape["hidden_size"])
-                adapter = write_adapter(work / "one", linears, EXPERTS * RANK)
-            else:
-                model, bundle, adapter = SAMPLE / "base", SAMPLE / "blend", SAMPLE / "adapters" / "code"
-            engines = engines_of(which, prepared(bundle, adapter, model, work / which), model, arguments, work)
+            engines = engines_of(which, model, arguments, work)
             cases = cases_of(scenario)
             raw[which] = found = {}
             try:
+                if scenario.shape:
+                    linears = {name: size for name, size in linear_modules(str(model)).items() if name != "lm_head"}
+                    bundle = write_bundle(work / "bundle", linears, scenario.shape["hidden_size"])
+                    adapter = write_adapter(work / "one", linears, EXPERTS * RANK)
+                make_ready(engines, prepared(bundle, adapter, model, work / which), work / which / "before")
                 for turn in track(range(-1, arguments.rounds), which, console=console):
                     measure(engines, cases, turn, scenario, found)
                     if arguments.json:

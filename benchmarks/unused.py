@@ -27,7 +27,7 @@ console = Console(stderr=True)
 def options_of(model: Path, *, lora: bool, mixtures: bool) -> dict[str, Any]:
     extra = RANDOM if lora else RANDOM | {"enable_lora": False}
     return {
-        "model": str(model), "xlora": mixtures, "rank": 64, "vocabulary": LARGE["vocab_size"], "adapters": {},
+        "model": str(model), "xlora": mixtures, "rank": 64, "vocabulary": LARGE["vocab_size"],
         "engine": {"dtype": "float32", "max_num_seqs": 64, "max_model_len": 1024, "extra_args": extra},
     }  # fmt: skip
 
@@ -61,6 +61,8 @@ def main() -> None:
             Engine("mixtures on", here, options_of(model, lora=True, mixtures=True), {}),
         ]
         try:
+            for engine in engines:
+                engine.give({})
             for engine in engines:
                 engine.wait()
             found = measure(engines, arguments.rounds)
