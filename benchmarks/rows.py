@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--kernels", type=Path, help="on a GPU: a folder of `xloom tune --out`, for an engine more")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each case (%(default)s)")
     parser.add_argument("--only", choices=[*SCENARIOS], help="one of them (default: those for CPU)")
+    parser.add_argument("--case", action="append", metavar="NAME", help="this case alone; may be repeated")
     parser.add_argument("--json", type=Path, help="write the result here, after each round too")
     arguments = parser.parse_args()
     tables, raw = [], {}
@@ -273,7 +274,11 @@ def main() -> None:
             if scenario.shape:
                 model = write_model(work / "model", scenario.shape)
             engines = engines_of(which, model, arguments, work)
-            cases = cases_of(scenario)
+            cases = {
+                name: case
+                for name, case in cases_of(scenario).items()
+                if name in (arguments.case or cases_of(scenario))
+            }
             raw[which] = found = {}
             try:
                 if scenario.shape:
