@@ -14,6 +14,7 @@ from xloom.protocol import XloomError
 from xloom.settings_file import read_settings_file
 
 LEAST = (1, 29)  # Chart.yaml's kubeVersion
+CHART_FIELDS = {"authOptions": "secretName", "gcsFaultToleranceOptions": "backend"}  # KubeRay 1.7's
 TIMEOUT_S = 15
 MONITORS = "https://github.com/prometheus-operator/prometheus-operator"
 KUBERAY = (
@@ -62,7 +63,9 @@ class Kubectl:
 
 
 def _no_cluster(what: str) -> XloomError:
-    return XloomError("no_cluster", f"{what}.", "Install kubectl and set KUBECONFIG, or look with another context.")
+    return XloomError(
+        "no_cluster", f"{what.rstrip('.?')}.", "Install kubectl and set KUBECONFIG, or look with another context."
+    )
 
 
 def examine_cluster(namespace: str, values: Path | None) -> list[Finding]:
@@ -89,15 +92,25 @@ def check_version(version: tuple[int, int]) -> Finding:
     return Finding("kubernetes", "fail", f"{text} is older than 1.29", "Upgrade the cluster.")
 
 
+def missing_fields(schema: dict[str, Any]) -> list[str]:
+    """Fields of a Ray cluster that the chart sets and a RayService's schema does not have: an older CRD drops them."""
+    below: dict[str, Any] = schema
+    for name in ("spec", "rayClusterConfig"):
+        below = below.get("properties", {}).get(name, {})
+    found = below.get("properties", {})
+    parts = {part: found.get(part, {}).get("properties", {}) for part in CHART_FIELDS}
+    return [f"{part}.{CHART_FIELDS[part]}" for part, fields in parts.items() if CHART_FIELDS[part] not in fields]
+
+
 def check_kuberay(kubectl: Kubectl) -> list[Finding]:
     """KubeRay's CRD, with the version the chart uses, and its operator, wherever it runs."""
     crd = kubectl.get("crd", "rayservices.ray.io")
-    served = [each["name"] for each in (crd or {}).get("spec", {}).get("versions", []) if each.get("served")]
-    if "v1" not in served:
+    versions = (crd or {}).get("spec", {}).get("versions", [])
+    served = [each for each in versions if each.get("served") and each["name"] == "v1"]
+    if not served:
         return [Finding("kuberay", "fail", "there is no RayService of version v1", KUBERAY)]
-    # A field of KubeRay 1.7's, which an older CRD would drop in silence.
-    if '"authOptions"' not in json.dumps(crd):
-        detail = "the RayService's CRD is older than 1.7, and Helm does not upgrade it"
+    if missing := missing_fields(served[0].get("schema", {}).get("openAPIV3Schema", {})):
+        detail = f"the RayService's CRD is older than 1.7 (it has no {missing[0]}), and Helm does not upgrade it"
         return [Finding("kuberay", "fail", detail, KUBERAY.partition(" && ")[0])]
     selector = "app.kubernetes.io/component=kuberay-operator"
     found = (kubectl.get("deployments", "--all-namespaces", "-l", selector) or {}).get("items", [])
@@ -108,18 +121,28 @@ def check_kuberay(kubectl: Kubectl) -> list[Finding]:
     return [Finding("kuberay", "ok", ", ".join(images))]
 
 
+def wanted_secrets(values: Values) -> dict[str, list[str]]:
+    """The entries that pods read, by the Secret's name. One Secret may hold several parts' entries."""
+    auth, hub = values.get("auth", {}), values.get("hub", {})
+    redis, ray = values.get("gcsFaultTolerance", {}), values.get("rayAuth", {})
+    parts = [(auth.get("existingSecret", "xloom-keys"), [auth.get("apiKey", "api-key")])]
+    parts.append((hub.get("existingSecret", ""), [hub.get("tokenKey", "token")]))
+    if redis.get("enabled"):
+        entries = [redis.get("passwordKey", "password"), redis.get("usernameKey", "")]
+        parts.append((redis.get("existingSecret", ""), [each for each in entries if each]))
+    if ray.get("mode", "token") == "token":
+        parts.append((ray.get("existingSecret", ""), ["auth_token"]))
+    found: dict[str, list[str]] = {}
+    for name, entries in parts:
+        if name:
+            found.setdefault(name, []).extend(entries)
+    return found
+
+
 def check_secrets(kubectl: Kubectl, values: Values) -> list[Finding]:
     """The Secrets that pods wait for, with the entries they read."""
-    auth, hub = values.get("auth", {}), values.get("hub", {})
-    redis = values.get("gcsFaultTolerance", {})
-    wanted = {auth.get("existingSecret", "xloom-keys"): [auth.get("apiKey", "api-key")]}
-    wanted[hub.get("existingSecret", "")] = [hub.get("tokenKey", "token")]
-    if redis.get("enabled"):
-        wanted[redis.get("existingSecret", "")] = [redis.get("passwordKey", "password")]
     findings = []
-    for name, entries in wanted.items():
-        if not name:
-            continue
+    for name, entries in wanted_secrets(values).items():
         found = kubectl.get("secret", name)
         missing = [entry for entry in entries if entry not in (found or {}).get("data", {})]
         literals = " ".join(f"--from-literal={entry}=..." for entry in entries)
