@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ KUBERAY = (
 Values = dict[str, Any]
 
 
+class Forbidden(Exception):
+    """This user may not ask for it; the message is the API server's."""
+
+
 class Kubectl:
     """A cluster as kubectl reaches it."""
 
@@ -34,7 +39,7 @@ class Kubectl:
     def get(self, *what: str) -> dict[str, Any] | None:
         """What `kubectl get` gives, in the namespace; None where there is nothing of the name.
 
-        Raises `XloomError` (no_cluster) when no cluster answers, or this user may not ask.
+        Raises `XloomError` (no_cluster) when no cluster answers, and `Forbidden`.
         """
         return self._json("get", *what, "-n", self.namespace)
 
@@ -59,6 +64,8 @@ class Kubectl:
         said = done.stderr.strip().splitlines()[-1:] or ["it failed"]
         if "(NotFound)" in said[0] or "doesn't have a resource type" in said[0]:
             return None
+        if "(Forbidden)" in said[0]:
+            raise Forbidden(said[0].partition("(Forbidden): ")[2])
         raise _no_cluster(f"kubectl {' '.join(arguments[:2])}: {said[0]}")
 
 
@@ -74,14 +81,21 @@ def examine_cluster(namespace: str, values: Path | None) -> list[Finding]:
         raise _no_cluster("kubectl is not installed here")
     given = read_settings_file(values) if values is not None else {}
     kubectl = Kubectl(namespace)
-    return [
-        check_version(kubectl.version()),
-        *check_kuberay(kubectl),
-        *check_secrets(kubectl, given),
-        check_storage(kubectl, given),
-        *check_gpus(kubectl, given),
-        *check_kinds(kubectl, given),
-    ]
+    found: list[Finding] = []
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "kubernetes": lambda: [check_version(kubectl.version())],
+        "kuberay": lambda: check_kuberay(kubectl),
+        "secrets": lambda: check_secrets(kubectl, given),
+        "storage": lambda: [check_storage(kubectl, given)],
+        "gpus": lambda: check_gpus(kubectl, given),
+        "kinds": lambda: check_kinds(kubectl, given),
+    }
+    for name, check in checks.items():
+        try:
+            found += check()
+        except Forbidden as error:  # as users of one namespace alone may not look at nodes
+            found.append(Finding(name, "warn", str(error), "Ask whoever runs the cluster, or use another context."))
+    return found
 
 
 def check_version(version: tuple[int, int]) -> Finding:

@@ -154,6 +154,15 @@ def test_the_chart_can_not_be_installed_where_something_fails(cluster: Cluster, 
     assert '"installs": false' in console.export_text()
 
 
+def test_what_this_user_may_not_look_at_is_a_warning_and_the_rest_is_looked_at(cluster: Cluster) -> None:
+    said = 'storageclasses.storage.k8s.io is forbidden: User "dev" cannot list resource "storageclasses"'
+    cluster.objects["get storageclass"] = f"Error from server (Forbidden): {said}"
+    found = cluster.findings(workerGroups=[{"name": "gpu", "gpus": 4}])
+    assert (found["storage"].level, found["storage"].detail) == ("warn", said)
+    assert {each.level for name, each in found.items() if name != "storage"} == {"ok"}
+    assert "group gpu" in found
+
+
 def test_no_answer_is_an_error_and_no_finding(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster.objects["version"] = "The connection to the server localhost:8080 was refused"
     with pytest.raises(XloomError, match="was refused") as caught:
