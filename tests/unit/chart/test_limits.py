@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 from tests.pages import blocks
-from tests.unit.chart.rendering import ROOT, Object, Values, merged, one, render, render_files
+from tests.unit.chart.rendering import Object, Values, chart, merged, one, render
 
 GROUPS: Values = {
     "settings": {"replicas": {"min": 1, "max": 2, "gpus": 1, "cpus": 4}, "router": {"replicas": 2}},
@@ -18,47 +19,52 @@ def cluster(values: Values) -> Object:
     return {"spec": one(render(values), "RayService")["spec"]["rayClusterConfig"]}
 
 
-def patch(there: Object, values: Values) -> list[Object]:
-    """What the notes of an upgrade say: the chart's own template, asked through an object in text."""
-    given = f'{{{{ include "xloom.limitsPatch" (dict "root" $ "there" (`{json.dumps(there)}` | fromJson)) | quote }}}}'
-    extra = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: said}}\ndata: {{said: {given}}}\n"
-    said = one(render(merged(values, {"extraObjects": [extra]})), "ConfigMap")["data"]["said"]
-    return json.loads(said) if said else []
+def notes(values: Values, *, upgrade: bool) -> str:
+    """What Helm says at the end."""
+    files = chart().render(values, name="xloom", namespace="serving", is_upgrade=upgrade, is_install=not upgrade)
+    [text] = [text for file, text in files.items() if file.endswith("NOTES.txt")]
+    return str(text)
 
 
-def test_a_cluster_that_has_the_limits_needs_no_patch() -> None:
-    assert patch(cluster(GROUPS), GROUPS) == []
-    assert patch({"spec": {}}, GROUPS) == []
+def patch(values: Values) -> list[Object]:
+    """The patch that the notes of an upgrade have."""
+    [found] = re.findall(r"patch raycluster --type=json -p '(.*)'", notes(values, upgrade=True))
+    operations: list[Object] = json.loads(found)
+    return operations
 
 
-def test_more_replicas_come_with_the_patch_that_lets_their_pods_come() -> None:
-    more = merged(GROUPS, {"settings": {"replicas": {"min": 2, "max": 6}, "router": {"replicas": 3}}})
-    found = patch(cluster(GROUPS), more)
-    assert found == [
-        {"op": "add", "path": "/spec/workerGroupSpecs/0/minReplicas", "value": 3},
-        {"op": "add", "path": "/spec/workerGroupSpecs/0/maxReplicas", "value": 3},
-        {"op": "add", "path": "/spec/workerGroupSpecs/1/minReplicas", "value": 2},
-        {"op": "add", "path": "/spec/workerGroupSpecs/1/maxReplicas", "value": 6},
-    ]
-    after = cluster(GROUPS)
-    for each in found:  # as the API server applies it
+def applied(operations: list[Object], groups: list[Object]) -> bool:
+    """Whether the API server takes the patch, and what it then makes of the groups."""
+    for each in operations:
         _, _, _, index, field = each["path"].split("/")
-        after["spec"]["workerGroupSpecs"][int(index)][field] = each["value"]
-    assert patch(after, more) == []
+        if each["op"] == "add":
+            groups[int(index)][field] = each["value"]
+        elif groups[int(index)][field] != each["value"]:
+            return False
+    return True
 
 
-def test_a_group_that_is_new_or_elsewhere_is_left_to_kuberay() -> None:
-    groups = [*GROUPS["workerGroups"], {"name": "spot", "cpus": 5, "gpus": 1}]
-    assert patch(cluster(GROUPS), GROUPS | {"workerGroups": groups}) == []
-    assert patch(cluster(GROUPS), GROUPS | {"workerGroups": groups[::-1][1:]}) == []
+def test_the_patch_gives_a_running_cluster_the_limits_of_the_values() -> None:
+    more = merged(GROUPS, {"settings": {"replicas": {"min": 2, "max": 6}, "router": {"replicas": 3}}})
+    running = cluster(GROUPS)["spec"]["workerGroupSpecs"]
+    wanted = cluster(more)["spec"]["workerGroupSpecs"]
+    limits = [[each["minReplicas"], each["maxReplicas"]] for each in wanted]
+    assert limits == [[3, 3], [2, 6]]
+    assert applied(patch(more), running)
+    assert [[each["minReplicas"], each["maxReplicas"]] for each in running] == limits
+
+
+def test_the_patch_does_nothing_to_a_cluster_of_other_groups() -> None:
+    other = GROUPS | {"workerGroups": GROUPS["workerGroups"][::-1]}
+    assert not applied(patch(other), cluster(GROUPS)["spec"]["workerGroupSpecs"])
 
 
 def test_the_page_and_the_notes_have_the_command() -> None:
     [words] = [words for block in blocks("kubernetes.md") for words in block.commands if "patch" in words]
     assert words[:5] == ["kubectl", "-n", "serving", "patch", "raycluster"]
     [operation] = json.loads(words[words.index("-p") + 1])
-    assert operation == {"op": "add", "path": "/spec/workerGroupSpecs/0/maxReplicas", "value": 4}
-    notes = (ROOT / "helm" / "xloom" / "templates" / "NOTES.txt").read_text(encoding="utf-8")
-    assert "patch raycluster {{ $name }} --type=json -p '{{ . }}'" in notes
-    [shown] = [text for file, text in render_files(GROUPS).items() if file.endswith("NOTES.txt")]
-    assert "patch raycluster" not in shown  # there is none before
+    assert operation in [each | {"value": 4} for each in patch(GROUPS)]
+    shown = notes(GROUPS, upgrade=True)
+    assert "get rayservice xloom -o jsonpath='{.status.activeServiceStatus.rayClusterName}')" in shown
+    assert words[-1] in shown
+    assert "patch raycluster" not in notes(GROUPS, upgrade=False)  # an installation has none that runs
