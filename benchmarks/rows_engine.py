@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import statistics
@@ -28,8 +29,8 @@ class Driver:
         self._left: set[str] = set()
         self._first: dict[str, float] = {}
         self._end: dict[str, float] = {}
-        self._made: dict[str, int] = {}
-        self._decoding: tuple[float, dict[str, int]] | None = None  # when the last first token came, and tokens by then
+        self._times: dict[str, list[float]] = {}  # of each request's tokens
+        self._decoding: float | None = None  # when the last first token came
         self._done = asyncio.Event()
         self._count = self._count_now = 0
         self._pump = asyncio.create_task(self._read())
@@ -40,12 +41,12 @@ class Driver:
             for chunk in step:
                 if chunk.token_ids:
                     self._first.setdefault(chunk.request_id, now)
-                    self._made[chunk.request_id] = self._made.get(chunk.request_id, 0) + len(chunk.token_ids)
+                    self._times.setdefault(chunk.request_id, []).extend([now] * len(chunk.token_ids))
                 if chunk.finish_reason is not None:
                     self._end[chunk.request_id] = now
                     self._left.discard(chunk.request_id)
             if self._decoding is None and len(self._first) == self._count_now:
-                self._decoding = now, dict(self._made)
+                self._decoding = now
             if not self._left:
                 self._done.set()
 
@@ -60,7 +61,7 @@ class Driver:
                 sampling = {"temperature": 0.0, "max_tokens": job["new"], "ignore_eos": True}
                 requests.append((kind, TokenRequest(f"rows-{self._count}", prompt, sampling, refs[kind])))
         draw.shuffle(requests)
-        self._first, self._end, self._made, self._decoding = {}, {}, {}, None
+        self._first, self._end, self._times, self._decoding = {}, {}, {}, None
         self._count_now = len(requests)
         self._left = {request.request_id for _, request in requests}
         self._done.clear()
@@ -74,17 +75,23 @@ class Driver:
             self._pump.result()
         found = {"all": len(requests) * job["new"] / (time.perf_counter() - start)}
         assert self._decoding is not None
-        begun, made = self._decoding  # a row's speed is that of decoding, once no prompt is left
         for kind in job["kinds"]:
             ids = [request.request_id for each, request in requests if each == kind]
-            rates = [(job["new"] - made[each]) / (self._end[each] - begun) for each in ids if self._end[each] > begun]
-            found[f"row {kind}"] = statistics.median(rates)
+            steps = [_steps([time for time in self._times[each] if time >= self._decoding]) for each in ids]
+            found[f"row {kind}"] = 1 / statistics.median(step for step in steps if step)
             found[f"first {kind}"] = 1e3 * statistics.median(self._first[each] - start for each in ids)
         return found
 
     async def close(self) -> None:
         self._pump.cancel()
         await self._backend.close()
+
+
+def _steps(times: list[float]) -> float:
+    """Seconds a token, once no prompt is left: the mean without the quickest and the slowest tenth, so without stalls."""
+    each = sorted(later - earlier for earlier, later in itertools.pairwise(times))
+    cut = len(each) // 10
+    return statistics.fmean(each[cut : len(each) - cut]) if each else 0.0
 
 
 async def serve(options: dict[str, Any]) -> None:
