@@ -115,7 +115,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         written = json.loads((model / name).read_text())
         (model / name).write_text(json.dumps(written | {key: LENGTH}))
     data = {"model": {"source": str(model), "served_name": "base"}, "engine": {"max_model_len": LENGTH}}
-    data["router"] = {"front_end_args": {"enable_scale_out": True}}
     return parse_settings(data, with_keys=False)
 
 
@@ -228,7 +227,6 @@ SAME: list[tuple[str, Any]] = [
     ("/v1/completions", completion(prompt=["a", "b"], logprobs=3, prompt_logprobs=2, n=2, temperature=1)),
     ("/v1/completions", completion(echo=True, logprobs=2)),
     ("/v1/responses", {**RESPONSES, "max_output_tokens": 3}),
-    ("/inference/v1/generate", {"model": "base", "token_ids": [65], "sampling_params": {"logprobs": 2}}),
 ]
 
 

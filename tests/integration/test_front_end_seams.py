@@ -25,13 +25,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.chat_completion import api_router
 from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
+from vllm.entrypoints.openai.responses.context import SimpleContext
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
 from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -42,6 +43,7 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tasks import SupportedTask
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine import (
     FINISH_REASON_STRINGS,
     EngineCoreEvent,
@@ -91,6 +93,7 @@ SIGNATURES: dict[Any, list[str]] = {
     make_arg_parser: ["parser"],
     validate_parsed_serve_args: ["args"],
     ToolParserManager.import_tool_parser: ["plugin_path"],
+    merge_async_iterators: ["iterators"],
     CpuPlatform.is_unspecified: ["self"],
     create_error_response: ["message", "err_type", "status_code", "param"],
     SamplingParams._validate_structured_outputs: ["self", "model_config", "structured_outputs_config", "tokenizer"],
@@ -332,7 +335,6 @@ async def test_the_application_serves_our_models_and_our_errors(engine: RoutedEn
     [
         (OpenAIServingChat.chat_completion_full_generator, ["request", "result_generator"]),
         (OpenAIServingChatBatch.chat_completion_full_generator_batch, ["request", "generators"]),
-        (ServingTokens.serve_tokens_full_generator, ["request", "result_generator"]),
         (
             OpenAIServingResponses.responses_full_generator,
             ["request", "sampling_params", "result_generator", "context"],
@@ -356,6 +358,11 @@ def test_an_answer_awaits_nothing_once_its_results_are_there(make: Any, results:
     assert "async with " not in source
 
 
+def test_a_context_without_tools_begins_no_session() -> None:
+    source = inspect.getsource(SimpleContext.init_tool_sessions)
+    assert source.rstrip().endswith("pass")
+
+
 def test_a_completion_is_what_its_results_were_made_into() -> None:
     source = inspect.getsource(OpenAIServingCompletion._create_completion)
     assert source.count("response = self.request_output_to_completion_response(") == 1
@@ -365,6 +372,7 @@ def test_a_completion_is_what_its_results_were_made_into() -> None:
 
 
 def test_answers_are_written_by_the_routes_own_name() -> None:
+    assert api_router in _ROUTES
     for module in _ROUTES:
         assert module.JSONResponse in (JSONResponse, WrittenResponse)
         assert "return JSONResponse(" in inspect.getsource(module)

@@ -1,10 +1,10 @@
 """Answers with log-probabilities, put together in a thread: each takes 10 us, for which all other requests would wait.
 
 Relies on vLLM 0.32. `OpenAIServingChat.chat_completion_full_generator`, `OpenAIServingChatBatch.
-chat_completion_full_generator_batch`, `ServingTokens.serve_tokens_full_generator` and `OpenAIServingResponses.
-responses_full_generator` take what their generators give before they do anything else, and then await nothing of this
-event loop's. `OpenAIServingCompletion.create_completion` returns what its `request_output_to_completion_response` made.
-The routes answer with `JSONResponse(content=response.model_dump())`, by their own modules' name.
+chat_completion_full_generator_batch` and `OpenAIServingResponses.responses_full_generator` take what their generators
+give before they do anything else, and then await nothing of this event loop's. `OpenAIServingCompletion.
+create_completion` returns what its `request_output_to_completion_response` made. The routes answer with
+`JSONResponse(content=response.model_dump())`, by their own modules' name.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from vllm.entrypoints.openai.chat_completion import api_router as chat_routes
 from vllm.entrypoints.openai.completion import api_router as completion_routes
 from vllm.entrypoints.openai.responses import api_router as responses_routes
 from vllm.entrypoints.openai.responses.context import SimpleContext
-from vllm.entrypoints.scale_out.token_in_token_out import api_router as token_routes
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_routes
+from vllm.utils.async_utils import merge_async_iterators
 
 _LARGE = ("choices", "output", "prompt_logprobs")  # what may be large in an answer
-_ROUTES = (chat_routes, completion_routes, responses_routes, token_routes, tokenize_routes)
+_ROUTES = (chat_routes, completion_routes, responses_routes, tokenize_routes)
 
 T = TypeVar("T")
 Make = Callable[..., Awaitable[Any]]
@@ -57,7 +57,6 @@ def put_together_aside(state: State) -> None:
         module.JSONResponse = WrittenResponse
     _wrap(state, "openai_serving_chat", "chat_completion_full_generator", _after_its_results)
     _wrap(state, "openai_serving_chat_batch", "chat_completion_full_generator_batch", _after_all_results)
-    _wrap(state, "serving_tokens", "serve_tokens_full_generator", _after_its_results)
     _wrap(state, "openai_serving_responses", "responses_full_generator", _after_its_turns)
     if (completions := getattr(state, "openai_serving_completion", None)) is not None:
         completions.request_output_to_completion_response = _later(completions.request_output_to_completion_response)
@@ -74,7 +73,7 @@ def _after_its_results(make: Make) -> Make:
         if not asks_for_logprobs(request):
             return await make(request, results, *arguments, **options)
         last = await _last(results)
-        return await aside(_written, make(request, _again(last), *arguments, **options))
+        return await aside(_written, lambda: make(request, _again(last), *arguments, **options))
 
     return wrapped
 
@@ -83,8 +82,10 @@ def _after_all_results(make: Make) -> Make:
     async def wrapped(request: Any, results: list[AsyncIterator[Any]], *arguments: Any, **options: Any) -> Any:
         if not asks_for_logprobs(request):
             return await make(request, results, *arguments, **options)
-        lasts = await asyncio.gather(*map(_last, results))
-        return await aside(_written, make(request, list(map(_again, lasts)), *arguments, **options))
+        lasts: list[list[Any]] = [[] for _ in results]
+        async for number, result in merge_async_iterators(*results):
+            lasts[number] = [result]
+        return await aside(_written, lambda: make(request, list(map(_again, lasts)), *arguments, **options))
 
     return wrapped
 
@@ -98,7 +99,7 @@ def _after_its_turns(make: Make) -> Make:
         if not request.is_include_output_logprobs() or request.store or not isinstance(context, SimpleContext):
             return await make(request, params, turns, context, *arguments, **options)
         await _last(turns)
-        return await aside(_written, make(request, params, _again([]), context, *arguments, **options))
+        return await aside(_written, lambda: make(request, params, _again([]), context, *arguments, **options))
 
     return wrapped
 
@@ -129,8 +130,7 @@ def _now(create: Make) -> Make:
 
 def asks_for_logprobs(request: Any) -> bool:
     """Of a vLLM request of any route but Responses'."""
-    params = getattr(request, "sampling_params", request)
-    return any(getattr(params, name, None) not in (None, False) for name in ("logprobs", "prompt_logprobs"))
+    return any(getattr(request, name, None) not in (None, False) for name in ("logprobs", "prompt_logprobs"))
 
 
 async def _last(results: AsyncIterator[Any]) -> list[Any]:
@@ -146,9 +146,9 @@ async def _again(results: list[Any]) -> AsyncIterator[Any]:
         yield result
 
 
-def _written(making: Awaitable[Any]) -> Any:
+def _written(make: Callable[[], Awaitable[Any]]) -> Any:
     async def answer() -> Any:
-        return await making
+        return await make()
 
     return write(lambda: asyncio.run(answer()))
 
