@@ -33,7 +33,7 @@ WORKERS = 12
 STREAMS = 6  # as many as one replica takes at once: none waits for another to end
 LONG = 800  # tokens
 STUCK_S = ReplicaSettings().stuck_timeout_s
-SILENT_S = 15.0  # a stream may be at most, beyond what it takes to notice: it begins anew elsewhere, on a busy machine
+SILENT_S = 60.0  # beyond that, of a stream: a starved watchdog counts only the time in which it ran itself
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_streams_of_a_lost_replica_go_on_unbroken(
     assert 0 < min(at_strike) <= max(at_strike) < LONG
     assert answers == [(expected[KINDS[number % len(KINDS)]], "length") for number in range(STREAMS)]
     assert max(silences.values()) < silence_s
-    wait_until(lambda: victim["id"] not in {each["id"] for each in server.status()["replicas"]}, 30, "it is given up")
+    wait_until(lambda: victim["id"] not in {each["id"] for each in server.status()["replicas"]}, 60, "it is given up")
 
 
 def test_ctrl_c_amid_a_stream_ends_everything_in_time(server: Served) -> None:
