@@ -1,6 +1,6 @@
-"""One engine for `benchmarks.rows`, in a process of its own so that two versions of xloom can take turns.
+"""One engine for `benchmarks.rows` and `benchmarks.unused`, in a process of its own: versions of xloom can take turns.
 
-Reads jobs as lines of JSON from standard input, answers each with one. Started by `benchmarks.rows`.
+Reads lines of JSON from standard input, the adapters first and then jobs, and answers each with one.
 """
 
 from __future__ import annotations
@@ -88,17 +88,18 @@ class Driver:
 
 
 async def serve(options: dict[str, Any]) -> None:
-    """Load the engine, then answer jobs until standard input ends."""
+    """Load the engine, take its adapters, then answer jobs until standard input ends."""
     engine = EngineSettings(**options["engine"])
     model = ModelSettings(source=options["model"])
     backend = await load_backend("vllm").load(model, engine, xlora=options["xlora"], max_lora_rank=options["rank"])
+    loop = asyncio.get_running_loop()
     refs: dict[str, AdapterRef | None] = {"base": None}
-    for name, (kind, folder) in options["adapters"].items():
+    given = await loop.run_in_executor(None, sys.stdin.readline)
+    for name, (kind, folder) in json.loads(given or "{}").items():
         refs[name] = AdapterRef(name, "bench", kind)
         await backend.add_adapter(refs[name], Path(folder))
     driver = Driver(backend)
     say({"pages": backend.stats().kv_pages_total})
-    loop = asyncio.get_running_loop()
     with contextlib.suppress(EOFError):
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             say(await driver.run(json.loads(line), refs, options["vocabulary"]))

@@ -23,12 +23,15 @@ class Shrink:
     """The A `[rank, in]` of all slices of a linear."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = parts  # as they lie in the slot
         weight = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         self._packed = _pack(weight)
         self._transposed = weight.t() if self._packed is None else None
 
     def product(self, x: Tensor) -> Tensor:
         """x A^T `[num_rows, rank]` for `x [num_rows, in]`."""
+        if len(x) == 1:  # two to seven times as quick as a packed product
+            return torch.cat([torch.mv(part, x[0]) for part in self._parts])[None]
         if self._transposed is not None:
             return x @ self._transposed
         result: Tensor = ops.onednn_mm(self._packed, x, None)
