@@ -88,7 +88,7 @@ class Driver:
 
 
 def _steps(times: list[float]) -> float:
-    """Seconds a token, once no prompt is left: the mean without the quickest and the slowest tenth, so without stalls."""
+    """Seconds a token, once no prompt is left: the mean without the quickest and slowest tenth: no stalls."""
     each = sorted(later - earlier for earlier, later in itertools.pairwise(times))
     cut = len(each) // 10
     return statistics.fmean(each[cut : len(each) - cut]) if each else 0.0

@@ -255,8 +255,10 @@ def _logprobs_lists(logprobs: Logprobs) -> LogprobsLists:
 
 
 def _logprobs_tensors(logprobs: Logprobs) -> LogprobsTensors:
+    """`[num_tokens, num_candidates]`; a prompt of one token has none."""
+    shape = len(logprobs.token_ids), len(logprobs.token_ids[0]) if logprobs.token_ids else 0
     return LogprobsTensors(
-        torch.tensor(logprobs.token_ids, dtype=torch.int32),
-        torch.tensor(logprobs.logprobs, dtype=torch.float32),
+        torch.tensor(logprobs.token_ids, dtype=torch.int32).view(shape),
+        torch.tensor(logprobs.logprobs, dtype=torch.float32).view(shape),
         torch.tensor(logprobs.ranks, dtype=torch.int32),
     )
