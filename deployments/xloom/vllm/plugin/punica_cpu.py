@@ -29,7 +29,12 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
         key = address, entry.slot
         if key not in entry.weights:
             entry.weights[key] = slot_linear(lora_a, lora_b, entry.slot, BATCH.linears[address], entry.ranks)
-        if (weights := entry.weights[key]) is not None:
+        weights = entry.weights[key]
+        if weights is None:
+            continue
+        if (row := entry.single_row) is not None:
+            weights.single.add_product(y[row], x[row], entry.single_gate_of(address))
+        else:
             _add(y, x, weights, entry, entry.gate_of(address))
 
 

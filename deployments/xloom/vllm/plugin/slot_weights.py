@@ -23,15 +23,12 @@ class Shrink:
     """The A `[rank, in]` of all slices of a linear."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
-        self._parts = parts  # as they lie in the slot
         weight = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         self._packed = _pack(weight)
         self._transposed = weight.t() if self._packed is None else None
 
     def product(self, x: Tensor) -> Tensor:
         """x A^T `[num_rows, rank]` for `x [num_rows, in]`."""
-        if len(x) == 1:  # two to seven times as quick as a packed product
-            return torch.cat([torch.mv(part, x[0]) for part in self._parts])[None]
         if self._transposed is not None:
             return x @ self._transposed
         result: Tensor = ops.onednn_mm(self._packed, x, None)
@@ -46,7 +43,7 @@ class Expand:
 
     def add_product(self, y: Tensor, x: Tensor) -> None:
         """Add x B^T to `y [num_rows, out]`, for `x [num_rows, rank]`."""
-        if self._packed is None or len(x) == 1:
+        if self._packed is None:
             y.addmm_(x, self._transposed)
         else:
             y += ops.onednn_mm(self._packed, x, None)
@@ -73,12 +70,39 @@ class SlotSlice:
     b: Expand  # [out_slice, rank]
 
 
+class SingleRow:
+    """The products of one row, with the weights as they lie in the slot.
+
+    They take as long as the weights take to read, and beside that each operator counts: there are as few as may be.
+    """
+
+    def __init__(self, a: Sequence[Tensor], b: Sequence[tuple[int, Tensor]]) -> None:
+        """`a`: `[rank, in]` of each slice; `b`: where each slice begins in the output, and `[out_slice, rank]`."""
+        ranks = [len(each) for each in a]
+        self._shrunk = a[0].new_empty(sum(ranks))  # used anew in each step
+        parts = self._shrunk.split(ranks)
+        self._shrink = list(zip(a, parts, strict=True))
+        self._expand = [(first, len(each), each, part) for (first, each), part in zip(b, parts, strict=True)]
+
+    def add_product(self, y: Tensor, x: Tensor, gate: Tensor | None) -> None:
+        """Add B (gate * A x) to `y [out]`, for `x [in]` and `gate [sum of ranks]`."""
+        for weight, part in self._shrink:
+            torch.mv(weight, x, out=part)
+        if gate is not None:
+            if gate.shape != self._shrunk.shape:
+                raise RuntimeError(f"gates {tuple(gate.shape)} for ranks {tuple(self._shrunk.shape)}")
+            self._shrunk.mul_(gate)
+        for first, width, weight, part in self._expand:
+            y.narrow(0, first, width).addmv_(weight, part)
+
+
 @dataclass(frozen=True)
 class SlotLinear:
     """An adapter's weights for one linear: all slices shrink in one product."""
 
     a: Shrink  # [sum of ranks, in]
     slices: tuple[SlotSlice, ...]
+    single: SingleRow
 
 
 def slot_linear(
@@ -88,14 +112,14 @@ def slot_linear(
 
     `lora_a`, `lora_b`: one a slice, `[slots, 1, rank, in]` and `[slots, 1, out_slice, rank]`.
     """
-    shrinks, slices, first, done = [], [], 0, 0
+    shrinks, expands, slices, first, done = [], [], [], 0, 0
     for a, b, name in zip(lora_a, lora_b, names, strict=True):
         width, rank = b.shape[2], ranks.get(name, 0)
         if rank:
             shrinks.append(a[slot, 0, :rank])
-            expand = Expand(b[slot, 0, :, :rank])
-            slices.append(SlotSlice(slice(first, first + width), slice(done, done + rank), expand))
+            expands.append((first, b[slot, 0, :, :rank]))
+            slices.append(SlotSlice(slice(first, first + width), slice(done, done + rank), Expand(expands[-1][1])))
         first, done = first + width, done + rank
     if not slices:
         return None
-    return SlotLinear(Shrink(shrinks), tuple(slices))
+    return SlotLinear(Shrink(shrinks), tuple(slices), SingleRow(shrinks, expands))
