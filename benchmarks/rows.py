@@ -274,11 +274,8 @@ def main() -> None:
             if scenario.shape:
                 model = write_model(work / "model", scenario.shape)
             engines = engines_of(which, model, arguments, work)
-            cases = {
-                name: case
-                for name, case in cases_of(scenario).items()
-                if name in (arguments.case or cases_of(scenario))
-            }
+            every = cases_of(scenario)
+            cases = {name: case for name, case in every.items() if name in (arguments.case or every)}
             raw[which] = found = {}
             try:
                 if scenario.shape:

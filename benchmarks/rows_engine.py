@@ -28,7 +28,6 @@ class Driver:
         self._backend = backend
         self._left: set[str] = set()
         self._first: dict[str, float] = {}
-        self._end: dict[str, float] = {}
         self._times: dict[str, list[float]] = {}  # of each request's tokens
         self._decoding: float | None = None  # when the last first token came
         self._done = asyncio.Event()
@@ -43,7 +42,6 @@ class Driver:
                     self._first.setdefault(chunk.request_id, now)
                     self._times.setdefault(chunk.request_id, []).extend([now] * len(chunk.token_ids))
                 if chunk.finish_reason is not None:
-                    self._end[chunk.request_id] = now
                     self._left.discard(chunk.request_id)
             if self._decoding is None and len(self._first) == self._count_now:
                 self._decoding = now
@@ -61,7 +59,7 @@ class Driver:
                 sampling = {"temperature": 0.0, "max_tokens": job["new"], "ignore_eos": True}
                 requests.append((kind, TokenRequest(f"rows-{self._count}", prompt, sampling, refs[kind])))
         draw.shuffle(requests)
-        self._first, self._end, self._times, self._decoding = {}, {}, {}, None
+        self._first, self._times, self._decoding = {}, {}, None
         self._count_now = len(requests)
         self._left = {request.request_id for _, request in requests}
         self._done.clear()

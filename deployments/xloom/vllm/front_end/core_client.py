@@ -173,9 +173,7 @@ class RoutedCoreClient(EngineCoreClient):
                 else:
                     outputs.append(output)
             except Exception as error:
-                logger.exception("a chunk of request %s can't be read", chunk.request_id)
-                message = f"The engine's answer can't be read: {type(error).__name__}."
-                self._dispatcher.give_up(chunk.request_id, XloomError("answer_unsendable", message, "Report it.", 500))
+                self._give_up(chunk.request_id, error)
         if outputs:
             self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
 
@@ -202,9 +200,7 @@ class RoutedCoreClient(EngineCoreClient):
             try:
                 await aside(lambda: self._on_prompt(request_id, _logprobs_tensors(logprobs)))
             except Exception as error:
-                logger.exception("log-probabilities of request %s can't be read", request_id)
-                message = f"The engine's answer can't be read: {type(error).__name__}."
-                self._dispatcher.give_up(request_id, XloomError("answer_unsendable", message, "Report it.", 500))
+                self._give_up(request_id, error)
             if self._waiting.get(request_id) is outputs:
                 del self._waiting[request_id]
                 self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
@@ -213,6 +209,12 @@ class RoutedCoreClient(EngineCoreClient):
         task = asyncio.create_task(read())
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
+
+    def _give_up(self, request_id: str, error: Exception) -> None:
+        """End a request whose answer can't be read; called where that was found."""
+        logger.exception("the answer to request %s can't be read", request_id)
+        message = f"The engine's answer can't be read: {type(error).__name__}."
+        self._dispatcher.give_up(request_id, XloomError("answer_unsendable", message, "Report it.", 500))
 
     def _forget(self, request_id: str) -> None:
         self._prefills.pop(request_id, None)
