@@ -185,10 +185,11 @@ class LimitSettings(_Section):
     prompt_characters: int = Field(524_288, ge=1)  # text of all prompts or messages of a request
     prompts: int = Field(128, ge=1)  # or conversations, of one request
     messages: int = Field(512, ge=1)
+    message_parts: int = Field(4096, ge=1)  # with the messages themselves and their calls of tools
     n: int = Field(128, ge=1)  # answers to a prompt
     sequences: int = Field(512, ge=1)  # prompts times n
     logprobs: int = Field(128, ge=0)  # candidates of one token
-    logprob_values: int = Field(65_536, ge=0)  # of prompts, or of several sequences, in one answer
+    logprob_values: int = Field(131_072, ge=1)  # in one answer: of its prompts, or of what is generated
     stop_strings: int = Field(64, ge=0)  # and as many bad words
     stop_characters: int = Field(1024, ge=1)  # of one of them
     logit_bias: int = Field(1024, ge=0)
