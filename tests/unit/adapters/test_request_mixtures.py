@@ -44,9 +44,7 @@ def test_a_set_has_one_stack_whatever_the_order_of_its_names(catalog: AdapterCat
     assert first.ref.label == "+requests"
 
 
-def test_a_stack_is_what_a_fixed_mixture_of_the_same_adapters_is(
-    catalog: AdapterCatalog, tmp_path: Path
-) -> None:
+def test_a_stack_is_what_a_fixed_mixture_of_the_same_adapters_is(catalog: AdapterCatalog, tmp_path: Path) -> None:
     sources = {name: str(tmp_path / name) for name in ("code", "docs")}
     named = catalog.add("both", "", "fixed", blend=Blend("fixed", sources))
     assert gathered(catalog, "docs", "code").generation == named.generation

@@ -84,7 +84,8 @@ async def test_a_set_is_made_once_and_its_weights_and_order_do_not_matter() -> N
         for weights in ({"code": 0.5, "docs": -2.0}, {"docs": 1.0, "code": 0.0})
     ]
     assert len(set(refs)) == 1
-    assert refs[0] is not None and refs[0].of_requests
+    assert refs[0] is not None
+    assert refs[0].of_requests
     assert store.gathered == [{"code": "g1", "docs": "g2"}]
 
 
@@ -92,7 +93,8 @@ async def test_a_mixtures_own_stack_is_used_on_its_name_and_a_fixed_one_as_it_is
     store = Store()
     assert await made(store).adapter_for(Sent("fixed", {"code": 1.0})) is None
     ref = await made(store).adapter_for(Sent("arrow", {"code": 1.0}))
-    assert ref is not None and ref.kind == "fixed"
+    assert ref is not None
+    assert ref.kind == "fixed"
     assert store.gathered == [{"arrow": "g3"}]
     assert await made(store).adapter_for(Sent("nobody", {"code": 1.0})) is None  # the front end says so
 
