@@ -166,8 +166,14 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         elif section in data:
             made[section] = resolve(data[section], *names)
     if isinstance(made.get("mixtures"), list):
+        listed = data.get("adapters") if isinstance(data.get("adapters"), list) else []
+        names = [each["name"] for each in listed if isinstance(each, dict) and isinstance(each.get("name"), str)]
+
+        def adapter(each: Any) -> Any:
+            return each if each in names else resolve({"source": each}, "source")["source"]
+
         made["mixtures"] = [
-            entry | {"adapters": [resolve({"source": each}, "source")["source"] for each in entry["adapters"]]}
+            entry | {"adapters": list(map(adapter, entry["adapters"]))}
             if isinstance(entry, dict) and isinstance(entry.get("adapters"), list)
             else entry
             for entry in made["mixtures"]

@@ -129,3 +129,13 @@ def test_local_folders_of_a_mixture_are_taken_from_the_settings_own_folder(tmp_p
     data = {"mixtures": [{"name": "both", "adapters": ["./code", "hf://org/docs"]}]}
     settings = parse_settings(data, with_keys=False, folder=tmp_path)
     assert settings.mixtures[0].adapters == [str(tmp_path / "code"), "hf://org/docs"]
+
+
+def test_an_adapters_name_is_no_folder_that_happens_to_have_it(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    data = {
+        "adapters": [{"name": "code", "source": "hf://org/code-v2"}],
+        "mixtures": [{"name": "both", "adapters": ["code", "hf://org/docs"]}],
+    }
+    settings = parse_settings(data, with_keys=False, folder=tmp_path)
+    assert settings.mixtures[0].adapters == ["code", "hf://org/docs"]
