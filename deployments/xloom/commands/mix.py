@@ -57,6 +57,8 @@ def add_parser(
     parser.add_argument("--weights", nargs="+", type=_weight, default=[], metavar="ADAPTER=W", help=text)
     parser.add_argument("--top-k", type=int, metavar="K", help="arrow: adapters that a token keeps at each linear")
     parser.add_argument("--temperature", type=float, metavar="T", help="arrow: of the gates' softmax")
+    text = "arrow: adapters of general knowledge, whose mean is taken from each of those mixed"
+    parser.add_argument("--subtract", nargs="+", default=[], metavar="ADAPTER", help=text)
     parser.add_argument("--replace", action="store_true", help="take the place of one of the same name")
     parser.add_argument("--verify", action="store_true", help="each replica proves it before serving it")
     parser.add_argument("--remove", action="store_true", help="take the mixture out")
@@ -74,7 +76,7 @@ def _weight(text: str) -> tuple[str, float]:
 def _run(parser: argparse.ArgumentParser, endpoint: Endpoint, arguments: argparse.Namespace, console: Console) -> int:
     weights, name = dict(arguments.weights), arguments.name
     if arguments.remove:
-        if arguments.adapters or weights:
+        if arguments.adapters or weights or arguments.subtract:
             parser.error("--remove takes a name alone")
         return _remove(endpoint, console, name, as_json=arguments.json)
     adapters = list(map(_source, [*arguments.adapters, *(each for each in weights if each not in arguments.adapters)]))
@@ -87,6 +89,7 @@ def _run(parser: argparse.ArgumentParser, endpoint: Endpoint, arguments: argpars
         "weights": weights or None,
         "top_k": arguments.top_k,
         "temperature": arguments.temperature,
+        "subtract": list(map(_source, arguments.subtract)) or None,
         "replace": arguments.replace or None,
         "verify": arguments.verify or None,
     }

@@ -25,6 +25,14 @@ def test_served_adapters_are_the_stores_own_and_others_are_sources() -> None:
     )
 
 
+def test_what_is_subtracted_is_the_stores_own_or_a_source_too() -> None:
+    blend = blend_of(Blend("arrow", {}), ["code", "hf://org/maths"], SERVED, ["org/docs", "hf://org/general"])
+    assert blend.subtract == {"org/docs": "hf://org/docs", "general": "hf://org/general"}
+    assert blend.generations == {"code": "g1", "org/docs": "g2"}
+    with pytest.raises(XloomError, match="called 'maths'"):
+        blend_of(Blend("arrow", {}), ["code", "hf://org/maths"], SERVED, ["hf://elsewhere/maths"])
+
+
 @pytest.mark.parametrize(
     ("adapters", "code", "said"),
     [
