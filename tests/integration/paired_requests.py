@@ -79,7 +79,7 @@ from xloom.mixtures.prepare_mixture import prepare_mixture
 from xloom.mixtures.reference import OnePassReference, Reference
 from xloom.mixtures.routing.fixed import FixedRouting
 from xloom.protocol import Blend, Overrides
-from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
+from xloom.vllm.plugin import ASYNC_SCHEDULER, INPUT_GATES, SCHEDULER, WORKER_EXTENSION, activate
 from xloom.vllm.plugin.pairs import PROMPT_ARG, with_weights
 
 activate()
@@ -179,7 +179,7 @@ class Served:
             str(model),
             scheduler_cls=ASYNC_SCHEDULER if OPTIONS.asynchronous else SCHEDULER,
             worker_extension_cls=WORKER_EXTENSION,
-            additional_config={"xloom": {"max_num_seqs": OPTIONS.seqs}},
+            additional_config={"xloom": {"max_num_seqs": OPTIONS.seqs, INPUT_GATES: True}},
             async_scheduling=OPTIONS.asynchronous,
             dtype=OPTIONS.dtype,
             max_model_len=128,
