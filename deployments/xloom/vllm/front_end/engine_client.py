@@ -8,7 +8,7 @@ Relies on vLLM 0.32: `vllm.v1.engine.async_llm.AsyncLLM`, which makes its client
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
@@ -19,6 +19,8 @@ from vllm.config.lora import LoRAConfig
 from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -31,6 +33,7 @@ from xloom.router.traffic import Ending
 from xloom.settings import LimitSettings, Settings
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.grammars import GrammarCheck
+from xloom.vllm.front_end.mixture_answers import mixes, with_mixtures
 from xloom.vllm.metrics import RequestStatLogger, ScrapedStatLogger
 
 
@@ -110,6 +113,13 @@ class RoutedEngineClient(AsyncLLM):
         self._grammars = GrammarCheck(limits, self._tokenizer_info, library, compact=compact)
         # Without it vLLM leaves structured output to us: `add_request` has it validated, and not on the event loop.
         self.input_processor.structured_outputs_config = None
+
+    def generate(
+        self, *arguments: Any, lora_request: LoRARequest | None = None, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As `AsyncLLM.generate`, with the gates of mixtures."""
+        results = super().generate(*arguments, lora_request=lora_request, **options)
+        return with_mixtures(results) if mixes(lora_request) else results
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any

@@ -10,6 +10,7 @@ from __future__ import annotations
 WORKER_EXTENSION = "xloom.vllm.plugin.worker.MixtureWorker"
 SCHEDULER = "xloom.vllm.plugin.scheduler.MixtureScheduler"
 ASYNC_SCHEDULER = "xloom.vllm.plugin.scheduler.AsyncMixtureScheduler"
+GATES = "xloom_gates"  # what a step's gates are called on their way to the replica
 
 
 def activate() -> None:

@@ -40,6 +40,16 @@ class SlotRouting:
         self.constant = _constant(routing)
         self.inputs = routing if isinstance(routing, InputRouting) else None  # whose gates come of a linear's input
         self._layout: GateLayout | None = None
+        self._layer_means: torch.Tensor | None = None
+
+    def layer_means(self, device: torch.device) -> torch.Tensor:
+        """`[num_layers, M]`, which makes gates `[M, K]` into means over each layer's linears; NaN where it has none."""
+        if self._layer_means is None:
+            layers = [layer_of(name) for name in self.row]
+            matrix = torch.zeros(max(layers) + 1, len(layers))
+            matrix[layers, range(len(layers))] = 1
+            self._layer_means = (matrix / matrix.sum(1, keepdim=True)).to(device)
+        return self._layer_means
 
     def layout(self, linears: Mapping[int, Sequence[str]]) -> GateLayout:
         """The same for all steps. `linears`: those of the model, as `slices_of` gives them."""
@@ -62,6 +72,11 @@ def _constant(routing: Routing) -> torch.Tensor | None:
     return routing.gates() if isinstance(routing, FixedRouting) else None
 
 
+def layer_of(name: str) -> int:
+    """The number in a linear's name: that of its layer; 0 without one."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), 0)
+
+
 def segment_index(segments: Sequence[Sequence[int]]) -> torch.Tensor:
     """`[R_m]`: the adapter index of each rank of a stacked A."""
     return torch.tensor([adapter for adapter, rank in segments for _ in range(rank)], dtype=torch.long)
@@ -81,6 +96,8 @@ class SlotRows:
     gates: torch.Tensor | None = None  # [num_rows, sum of R] when widened, else [num_rows, M * K]
     widened: bool = False
     single: dict[int, torch.Tensor] = field(default_factory=dict)  # of a single row: [R] by linear
+    # On CPU, of a mixture whose gates come from the linears' inputs: modules, and their gates [num_rows, slices, K].
+    made: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
 
     @property
     def single_row(self) -> int | None:
@@ -134,6 +151,9 @@ class Gater(Protocol):
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         """The next forward pass runs with these gates `[num_rows, M, K]`, float32."""
 
+    def made_gates(self, entry: SlotRows) -> torch.Tensor:
+        """The gates `[num_rows, M, K]` that the last forward pass made of the linears' inputs."""
+
 
 @dataclass
 class LoRABatch:
@@ -150,6 +170,10 @@ class LoRABatch:
     def gated(self) -> list[SlotRows]:
         """The rows whose gates have to be set before a forward pass; those of other mixtures come from their inputs."""
         return [entry for entry in self.rows if entry.routing is not None and entry.routing.inputs is None]
+
+    def made(self) -> list[SlotRows]:
+        """The rows whose gates are made of the linears' inputs."""
+        return [entry for entry in self.rows if entry.routing is not None and entry.routing.inputs is not None]
 
 
 BATCH = LoRABatch()
