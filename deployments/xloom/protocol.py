@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 MIXTURES = ("xlora", "arrow", "fixed", "linear")  # kinds of mixture: where their gates come from
+INPUT_KINDS = ("arrow", "linear")  # those whose gates come from each linear's own input
 KINDS = ("lora", *MIXTURES)  # of what is served beside the base model
 
 
@@ -52,6 +53,9 @@ def adapter_number(key: str) -> int:
     return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF) or 1
 
 
+REQUESTS = "+"  # what names of the mixtures that requests ask for begin with, as no other's do
+
+
 class AdapterRef(msgspec.Struct, frozen=True):
     """What a request is served with: an adapter or bundle at one generation (its content hash)."""
 
@@ -63,6 +67,16 @@ class AdapterRef(msgspec.Struct, frozen=True):
     def is_mixture(self) -> bool:
         """Whether it has gates."""
         return self.kind in MIXTURES
+
+    @property
+    def of_requests(self) -> bool:
+        """Whether requests asked for it by their weights alone: nobody names it."""
+        return self.name.startswith(REQUESTS)
+
+    @property
+    def label(self) -> str:
+        """What metrics call it: those of requests come and go, and have one name."""
+        return f"{REQUESTS}requests" if self.of_requests else self.name
 
     @property
     def key(self) -> str:
@@ -96,6 +110,7 @@ class Blend(msgspec.Struct, frozen=True, omit_defaults=True):
     weights: dict[str, float] = {}  # of fixed; empty: alike, and together 1
     top_k: int | None = None  # of arrow; None: all
     temperature: float | None = None  # of arrow; None: 1
+    generations: dict[str, str] = {}  # of the adapters that are the store's own, by name: read there, not at the source
 
 
 class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):

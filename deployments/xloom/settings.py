@@ -81,6 +81,8 @@ class EngineSettings(_Section):
     tensor_parallel_size: int = Field(1, ge=1)
     compile: bool = True  # False: eager mode
     enable_xlora: Literal["auto"] | bool = "auto"  # auto: when a bundle or mixture is configured
+    # On a GPU, the kernel that makes gates of a linear's input (arrow, linear); auto: when such a mixture is there.
+    input_gates: Literal["auto"] | bool = "auto"
     max_adapters: int = Field(8, ge=1)  # in a replica's slots; others wait in its memory, or on its node's disk
     max_lora_rank: Literal["auto"] | Rank = "auto"  # a bundle's rank is the sum of its adapters' ranks
     extra_args: dict[str, Any] = {}  # any other engine argument, passed through
@@ -234,6 +236,14 @@ class SourceLimits(_Section):
     stall_s: float = Field(30, gt=0)  # seconds without a byte
 
 
+class RequestMixtureSettings(_Section):
+    """What is kept for requests that mix adapters by weights of their own."""
+
+    most: int = Field(16, ge=1)  # sets of adapters
+    idle_s: float = Field(600, gt=0)  # until one that no request has used is taken out
+    wait_s: float = Field(60, gt=0)  # the first request for one waits so long
+
+
 class StoreSettings(_Section):
     """The adapter store's folders, and what may be added to it at run time."""
 
@@ -243,6 +253,7 @@ class StoreSettings(_Section):
     # Prefixes of sources that may be added at run time, beside those that `adapters` and `xlora` name.
     sources: list[str] = ["hf://"]
     limits: SourceLimits = SourceLimits()
+    request_mixtures: RequestMixtureSettings = RequestMixtureSettings()
 
     @field_validator("sources")
     @classmethod
@@ -354,6 +365,12 @@ class Settings(_Section):
             (each if each in known else each.rstrip("/").rpartition("/")[2].partition("@")[0]): known.get(each, each)
             for each in mixture.adapters
         }
+
+    @property
+    def input_gates_enabled(self) -> bool:
+        """Whether the settings ask for gates that are made of a linear's input."""
+        found = any(mixture.routing == "arrow" for mixture in self.mixtures)
+        return found if self.engine.input_gates == "auto" else self.engine.input_gates
 
     @property
     def xlora_enabled(self) -> bool:

@@ -92,6 +92,7 @@ class Bench:
     def __init__(self, wrapper: type[PunicaWrapperGPU] = GatedPunicaGPU) -> None:
         self.manager = Manager()
         self.wrapper = wrapper(MAX_TOKENS, 8, DEVICE, lora_config=self.manager.lora_config)
+        BATCH.input_gates = True
         if isinstance(self.wrapper, GatedPunicaGPU):
             self.wrapper.attach(self.manager)
         self.generator = torch.Generator().manual_seed(1)

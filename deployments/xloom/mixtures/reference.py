@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from xloom.mixtures.hooks import Adapter, Span, adapted
-from xloom.mixtures.routing.fixed import FixedRouting, checked_weights
+from xloom.mixtures.routing.fixed import FixedRouting
 from xloom.mixtures.routing.inputs import InputRouting
 from xloom.mixtures.routing.xlora import XLoraRouting
 from xloom.mixtures.single_pass import segment_end
+from xloom.mixtures.weights import checked_weights
 from xloom.protocol import XloomError
 
 

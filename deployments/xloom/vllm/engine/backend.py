@@ -157,7 +157,7 @@ class VLLMBackend(LLMBackend):
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine import EngineCoreRequest
 
-        from xloom.mixtures.routing.fixed import checked_weights
+        from xloom.mixtures.weights import checked_weights
         from xloom.vllm.plugin.pairs import LAYERS_ARG, PROMPT_ARG, WEIGHTS_ARG, constants_of, with_weights
         from xloom.vllm.sampling import sampling_from_dict
 

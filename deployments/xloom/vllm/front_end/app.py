@@ -52,8 +52,8 @@ class ServedModels(OpenAIServingModels):
 
     def take(self, manifest: Manifest) -> None:
         """Serve a manifest's entries from now on."""
-        self.lora_requests = {entry.name: lora_request(entry.ref) for entry in manifest.entries}
-        self._entries = manifest.entries
+        self._entries = manifest.named
+        self.lora_requests = {entry.name: lora_request(entry.ref) for entry in self._entries}
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name an answer carries: without the generation that the engine's name has."""
@@ -70,6 +70,8 @@ class ServedModels(OpenAIServingModels):
             limit = self.model_config.max_model_len
             card = ModelCard(id=entry.name, root=entry.source, parent=base, owned_by="xloom", max_model_len=limit)
             card.kind, card.generation = entry.kind, entry.generation
+            if entry.adapters:
+                card.adapters = list(entry.adapters)
             if entry.kind == "xlora":
                 card.routing_passes = entry.overrides.routing_passes or 2
             models.data.append(card)

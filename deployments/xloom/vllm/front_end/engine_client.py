@@ -30,10 +30,12 @@ from vllm.v1.outputs import LogprobsTensors
 
 from xloom.protocol import XloomError
 from xloom.router.traffic import Ending
+from xloom.router.weights import adapter_in_place
 from xloom.settings import LimitSettings, Settings
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.grammars import GrammarCheck
 from xloom.vllm.front_end.mixture_answers import mixes, with_mixtures
+from xloom.vllm.lora import lora_request
 from xloom.vllm.metrics import RequestStatLogger, ScrapedStatLogger
 
 
@@ -124,7 +126,12 @@ class RoutedEngineClient(AsyncLLM):
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
     ) -> RequestOutputCollector:
-        """As `AsyncLLM.add_request`; a grammar is compiled aside first. Raises `RequestError`."""
+        """As `AsyncLLM.add_request`; a grammar is compiled aside first. Raises `RequestError`.
+
+        `AsyncLLM.generate` gives the `lora_request` by name (vLLM 0.32); one with weights of its own has another.
+        """
+        if (adapter := adapter_in_place()) is not None:
+            options["lora_request"] = lora_request(adapter)
         if isinstance(params, SamplingParams):
             _check_extra_args(params)
             bound_length(params, self._most_logprobs)

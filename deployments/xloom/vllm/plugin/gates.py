@@ -166,6 +166,7 @@ class LoRABatch:
     scheduler: type | None = None  # the class that schedules for it
     runner: type | None = None  # the class of the model runner
     mixtures: bool = False  # whether the engine was started for them
+    input_gates: bool = False  # and whether, on a GPU, for gates that are made of inputs
 
     def gated(self) -> list[SlotRows]:
         """The rows whose gates have to be set before a forward pass; those of other mixtures come from their inputs."""

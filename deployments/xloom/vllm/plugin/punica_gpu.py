@@ -40,10 +40,10 @@ def shrink(
 ) -> None:
     """`gated_shrink` with this process's tables: an operator that torch.compile does not look into.
 
-    Where mixtures may come, gates are made of the input first: always, since graphs are captured before any is there.
+    Where gates may be made of the input that is first: always, since graphs are captured before any mixture is there.
     """
     meta = (token_slots, tokens, counts, starts, slots, no_lora, num_slots)
-    if BATCH.mixtures or _tables[0].routed:
+    if BATCH.input_gates:
         input_gates(x, lora_a, _tables[0], meta)
     gated_shrink(x, lora_a, out, _tables[0], meta, scaling)
 
