@@ -192,6 +192,7 @@ class LimitSettings(_Section):
     sequences: int = Field(512, ge=1)  # prompts times n
     logprobs: int = Field(128, ge=0)  # candidates of one token
     logprob_values: int = Field(131_072, ge=1)  # in one answer: of its prompts, or of what is generated
+    gate_values: int = Field(131_072, ge=1)  # of a mixture's, in one answer: tokens times adapters, times layers
     stop_strings: int = Field(64, ge=0)  # and as many bad words
     stop_characters: int = Field(1024, ge=1)  # of one of them
     logit_bias: int = Field(1024, ge=0)

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from xloom.protocol import XloomError
+from xloom.router.body import has_length, sequences_of
 
 Detail = Literal["tokens", "layers"]
 
-_wanted: ContextVar[Detail | None] = ContextVar("xloom_return_mixture", default=None)
+
+class Wanted(NamedTuple):
+    """Gates of single tokens that a request asks for."""
+
+    detail: Detail
+    sequences: int  # answers in it
+    has_length: bool  # whether it says how long they may be
 
 
-class _Body(msgspec.Struct):
-    """Of a request's body, the one field of ours."""
-
-    return_mixture: Detail | None = None
+_wanted: ContextVar[Wanted | None] = ContextVar("xloom_return_mixture", default=None)
 
 
 def take_return_mixture(body: bytes) -> None:
-    """Keep what a JSON body says for the request that this task serves. Raises `XloomError` (invalid_request)."""
+    """Keep what a checked JSON body says for the request of this task. Raises `XloomError` (invalid_request)."""
     wanted = None
     if b'"return_mixture"' in body or b"\\u" in body:  # else it is not worth a second reading
-        try:
-            wanted = msgspec.json.decode(body, type=_Body).return_mixture
-        except msgspec.ValidationError as error:
-            if body.lstrip()[:1] == b"{":  # what is no object is refused elsewhere
-                cure = "Send tokens or layers, or leave it out."
-                raise XloomError("invalid_request", f"`return_mixture` can't be read: {error}.", cure) from None
+        fields = msgspec.json.decode(body)
+        detail = fields.get("return_mixture") if isinstance(fields, dict) else None  # what is none is refused elsewhere
+        if detail is not None:
+            if detail not in ("tokens", "layers"):
+                message = f"`return_mixture` is {str(detail)[:40]!r}."
+                raise XloomError("invalid_request", message, "Send tokens or layers, or leave it out.")
+            wanted = Wanted(detail, sequences_of(fields), has_length(fields))
     _wanted.set(wanted)
 
 
-def return_mixture() -> Detail | None:
+def wanted_gates() -> Wanted | None:
     """What the request that this task serves asks for; None: no gates of single tokens."""
     return _wanted.get()

@@ -185,3 +185,26 @@ def test_what_is_wanted_has_to_be_known(server: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="return_mixture") as failure:
         server.openai.completions.create(model="arrow", prompt=PROMPT, max_tokens=2, extra_body={"return_mixture": 1})
     assert failure.value.code == "invalid_request"
+
+
+def test_more_gates_than_an_answer_may_have_are_refused(server: Served) -> None:
+    def asked(**options: Any) -> Any:
+        return server.openai.completions.create(model="arrow", prompt=PROMPT, **options)
+
+    with pytest.raises(openai.BadRequestError, match="gate_values") as failure:
+        asked(max_tokens=8000, n=8, extra_body={"return_mixture": "layers"})  # 2 layers, 2 adapters
+    assert failure.value.code == "limit_exceeded"
+    answer = asked(max_tokens=2, n=8, extra_body={"return_mixture": "layers", "ignore_eos": True})
+    assert [len(mixture_of(choice)["layer_gates"]) for choice in answer.choices] == [2] * 8
+
+
+@pytest.mark.parametrize("model", ["base", "blend"])
+def test_weights_of_a_request_are_what_its_answer_tells(server: Served, model: str) -> None:
+    names = NAMES if model == "base" else ["0", "1"]
+    sent = dict(zip(names, (0.5, -0.25), strict=True))
+    answer = server.openai.chat.completions.create(
+        model=model, messages=MESSAGES, max_tokens=3, extra_body={"mixture": sent, "ignore_eos": True}
+    )
+    told = mixture_of(answer.choices[0])
+    assert_shape(told, model, "fixed", 3)
+    assert {name: gate for name, gate in told["gates"].items() if gate} == sent

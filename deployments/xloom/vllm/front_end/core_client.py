@@ -32,7 +32,7 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 from xloom.observability.logs import bound
 from xloom.protocol import Logprobs, TokenChunk, TokenRequest, XloomError
 from xloom.router.dispatch import Dispatcher
-from xloom.router.return_mixture import return_mixture
+from xloom.router.return_mixture import wanted_gates
 from xloom.router.traffic import Ending
 from xloom.router.weights import sent_weights
 from xloom.vllm.front_end.large_answers import aside
@@ -107,7 +107,7 @@ class RoutedCoreClient(EngineCoreClient):
             message = "prompt_logprob_token_ids has no answer here."
             raise XloomError("unsupported_sampling", message, "Ask for prompt_logprobs.", 400)
         adapter = adapter_ref(request.lora_request) if request.lora_request else None
-        wanted = return_mixture() if adapter is not None and adapter.is_mixture else None
+        wanted = wanted_gates() if adapter is not None and adapter.is_mixture else None
         told = TokenRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -118,12 +118,13 @@ class RoutedCoreClient(EngineCoreClient):
             cache_salt=request.cache_salt,
             client_id=bound().get("request_id", ""),
             weights=sent_weights(),
-            layer_gates=wanted == "layers",
+            layer_gates=wanted is not None and wanted.detail == "layers",
             extra={} if request.reasoning_ended is None else {"reasoning_ended": request.reasoning_ended},
         )
         self._prefills[request.request_id] = _Prefill(len(request.prompt_token_ids), time.monotonic())
         if adapter is not None and adapter.is_mixture:
-            record = MixtureRecord(adapter.kind, len(request.prompt_token_ids), wanted)
+            detail = None if wanted is None else wanted.detail
+            record = MixtureRecord(adapter.kind, len(request.prompt_token_ids), detail)
             self._records[request.request_id] = record
         self._dispatcher.submit(told)
 
