@@ -138,6 +138,10 @@ class Gater(Protocol):
 
     manager: Any  # vLLM's LoRAModelManager that it serves
 
+    @property
+    def makes_gates(self) -> bool:
+        """Whether it can make gates of a linear's input."""
+
     def reserve(self, routing: SlotRouting) -> None:
         """Make room for the gates of a bundle that is being loaded."""
 
