@@ -192,6 +192,7 @@ class LimitSettings(_Section):
     sequences: int = Field(512, ge=1)  # prompts times n
     logprobs: int = Field(128, ge=0)  # candidates of one token
     logprob_values: int = Field(131_072, ge=1)  # in one answer: of its prompts, or of what is generated
+    gate_values: int = Field(131_072, ge=1)  # of a mixture's, in one answer: tokens times adapters, times layers
     stop_strings: int = Field(64, ge=0)  # and as many bad words
     stop_characters: int = Field(1024, ge=1)  # of one of them
     logit_bias: int = Field(1024, ge=0)
@@ -236,6 +237,14 @@ class SourceLimits(_Section):
     stall_s: float = Field(30, gt=0)  # seconds without a byte
 
 
+class RequestMixtureSettings(_Section):
+    """What is kept for requests that mix adapters by weights of their own."""
+
+    most: int = Field(16, ge=1)  # sets of adapters
+    idle_s: float = Field(600, gt=0)  # until one that no request has used is taken out
+    wait_s: float = Field(60, gt=0)  # the first request for one waits so long
+
+
 class StoreSettings(_Section):
     """The adapter store's folders, and what may be added to it at run time."""
 
@@ -245,6 +254,7 @@ class StoreSettings(_Section):
     # Prefixes of sources that may be added at run time, beside those that `adapters` and `xlora` name.
     sources: list[str] = ["hf://"]
     limits: SourceLimits = SourceLimits()
+    request_mixtures: RequestMixtureSettings = RequestMixtureSettings()
 
     @field_validator("sources")
     @classmethod

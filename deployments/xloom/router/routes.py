@@ -30,6 +30,7 @@ _OURS: dict[str, Access] = {
     "/xloom/adapters": Access.USER,
     "/v1/load_lora_adapter": Access.ADMIN,
     "/v1/unload_lora_adapter": Access.ADMIN,
+    "/xloom/mixtures": Access.ADMIN,
 }
 _PROBES = ("/health", "/ping", "/version", "/metrics")
 _FRONT_ENDS: dict[str, Access] = dict.fromkeys(_PROBES, Access.OPEN) | dict.fromkeys(

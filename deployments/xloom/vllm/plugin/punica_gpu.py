@@ -114,6 +114,10 @@ class GatedPunicaGPU(PunicaWrapperGPU):
         """Take the gates `[num_rows, M, K]` of a slot's rows for the step that comes, float32 on the device."""
         self.tables.put(entry, gates)
 
+    def made_gates(self, entry: SlotRows) -> torch.Tensor:
+        """They are where `input_gates` wrote them."""
+        return self.tables.read(entry)
+
     def add_shrink(
         self,
         y: torch.Tensor,
