@@ -66,7 +66,7 @@ ROUTES: Mapping[str, Access] = MappingProxyType(_OURS | _FRONT_ENDS)
 
 
 def is_open(path: str) -> bool:
-    """Whether a path is open to all, as that of a probe or scraper: for logs and counts. A request is authorised by its route."""
+    """Whether a path is open, as a probe's or scraper's: for logs and counts. A request is authorised by its route."""
     return ROUTES.get("/" + path.strip("/")) is Access.OPEN
 
 
