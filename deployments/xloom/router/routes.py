@@ -31,6 +31,7 @@ _OURS: dict[str, Access] = {
     "/xloom/adapters": Access.USER,
     "/v1/load_lora_adapter": Access.ADMIN,
     "/v1/unload_lora_adapter": Access.ADMIN,
+    "/xloom/mixtures": Access.ADMIN,
     **dict.fromkeys((*FILES, MOVED), Access.OPEN),  # the page's own files; what it shows it asks of the others
 }
 _PROBES = ("/health", "/ping", "/version", "/metrics")

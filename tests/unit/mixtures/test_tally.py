@@ -11,7 +11,8 @@ import torch
 
 from tests.models import tiny_bundle
 from xloom.mixtures.prepare import prepare_bundle
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.base import Routing
+from xloom.mixtures.routing.registry import load_routing
 from xloom.mixtures.tally import BUFFER_ROWS, EVERY_TOKEN, STRIDE, MixtureTally
 from xloom.protocol import BundleFigures
 
@@ -32,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 def routing_of(folder: Path, llama: Path, shapes: dict[str, tuple[int, int]], **options: Any) -> Routing:
     bundle = tiny_bundle(folder / "bundle", llama, **options)
     prepare_bundle(bundle, shapes, folder / "prepared", hidden_size=64, max_rank=64)
-    return Routing.load(folder / "prepared")
+    return load_routing(folder / "prepared")
 
 
 def hidden_states(count: int, seed: int = 0) -> torch.Tensor:
@@ -174,3 +175,14 @@ def test_on_a_gpu_nothing_waits_and_the_sums_are_the_same(
     expected = only(on_host)
     assert taken.bundles[0].gates == pytest.approx(expected.gates, rel=1e-4)
     assert taken.bundles[0].entropy == pytest.approx(expected.entropy, rel=1e-4)
+
+
+def test_constants_may_come_as_a_view_or_in_full(
+    tmp_path: Path, llama: Path, shapes: dict[str, tuple[int, int]]
+) -> None:
+    routing = routing_of(tmp_path, llama, shapes)
+    tally = MixtureTally("cpu")
+    constants = torch.tensor([0.5, 0.25, 0.25]).expand(3, len(routing.modules), -1)
+    for gates in (constants, constants.contiguous(), constants):
+        tally.add("blend", routing, gates)
+    assert only(tally).gates == pytest.approx(plainly(torch.cat([constants] * 3), routing.adapter_names).gates)

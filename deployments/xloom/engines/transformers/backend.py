@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.engines.base import Capabilities, Device, LLMBackend
-from xloom.engines.prompt import check_prompt
+from xloom.engines.prompt import check_prompt, no_weights
 from xloom.protocol import AdapterRef, EngineStats, MixtureFigures, TokenChunk, TokenRequest, XloomError
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class TransformersBackend(LLMBackend):
     async def submit(self, request: TokenRequest) -> None:
         from xloom.engines.transformers.sampling import Sampler, read_sampling
         from xloom.engines.transformers.worker import Job
+        from xloom.mixtures.routing.fixed import FixedRouting
+        from xloom.mixtures.weights import checked_weights
 
         loaded = self._loaded
         check_prompt(request.prompt_token_ids, vocabulary=loaded.vocabulary, max_model_len=loaded.max_model_len)
@@ -113,6 +115,13 @@ class TransformersBackend(LLMBackend):
                 raise XloomError(
                     "adapter_not_found", f"This engine does not hold the adapter {request.adapter.name!r}.", "", 404
                 )
+        constant = None
+        if request.weights is not None:
+            mixture = adapter.mixture if adapter is not None else None
+            if request.adapter is None or not isinstance(mixture, FixedRouting):
+                raise no_weights(request)
+            weights = checked_weights(request.weights, mixture.adapter_names, request.adapter.name)
+            constant = mixture.gates(weights).to(loaded.device)
         sampler = Sampler(
             read_sampling(request.sampling, loaded.vocabulary),
             request.prompt_token_ids,
@@ -120,7 +129,7 @@ class TransformersBackend(LLMBackend):
             max_model_len=loaded.max_model_len,
             device=loaded.device,
         )
-        self._worker.submit(Job(request, sampler, adapter))
+        self._worker.submit(Job(request, sampler, adapter, constant))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         self._worker.abort(request_ids)

@@ -128,6 +128,7 @@ class Part:
     adapter: Adapter | None
     caches: Caches
     all_logits: bool = False  # of every token; else of the last alone
+    constant: Tensor | None = None  # [M, K]: the gates that its request brings
 
 
 class BatchRunner:
@@ -157,7 +158,8 @@ class BatchRunner:
         """The logits of each part, `[1 or num_tokens, vocab]`; the parts' caches grow by their tokens."""
         if not self._batching:
             return [self._run([part])[0] for part in parts]
-        order = sorted(range(len(parts)), key=lambda number: id(parts[number].adapter))  # one span an adapter
+        keys = [(id(part.adapter), part.constant is None) for part in parts]
+        order = sorted(range(len(parts)), key=keys.__getitem__)  # one span an adapter
         logits = dict(zip(order, self._run([parts[number] for number in order]), strict=True))
         return [logits[number] for number in range(len(parts))]
 
@@ -171,8 +173,11 @@ class BatchRunner:
             self.tally.lap()
             rows = output.last_hidden_state[0].split([len(part.tokens) for part in routed])
             gates = {id(part): _routing(part).gates(hidden) for part, hidden in zip(routed, rows, strict=True)}
+        for part in parts:
+            if part.constant is not None:
+                gates[id(part)] = part.constant.expand(len(part.tokens), -1, -1)
         spans = [
-            Span(rows, adapter, torch.cat([gates[id(part)] for part in group]) if adapter.routing else None)
+            Span(rows, adapter, torch.cat([gates[id(part)] for part in group]) if id(group[0]) in gates else None)
             for rows, adapter, group in _groups(parts)
         ]
         for span in spans:
@@ -226,13 +231,14 @@ def _scaling(part: Part) -> DynamicCache:
 
 
 def _groups(parts: Sequence[Part]) -> list[tuple[slice, Adapter, list[Part]]]:
-    """Neighbours with one adapter, and their rows."""
+    """Neighbours with one adapter, whose gates come from one place, and their rows."""
     found: list[tuple[slice, Adapter, list[Part]]] = []
     start = 0
     for part in parts:
         stop = start + len(part.tokens)
         if part.adapter is not None:
-            if found and found[-1][1] is part.adapter and found[-1][0].stop == start:
+            alike = found and (part.constant is None) == (found[-1][2][-1].constant is None)
+            if alike and found[-1][1] is part.adapter and found[-1][0].stop == start:
                 rows, adapter, group = found.pop()
                 found.append((slice(rows.start, stop), adapter, [*group, part]))
             else:

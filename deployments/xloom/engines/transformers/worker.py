@@ -28,6 +28,7 @@ class Job:
     request: TokenRequest
     sampler: Sampler
     adapter: Adapter | None
+    constant: Tensor | None = None  # [M, K]: the gates that the request brings
     caches: Caches | None = None
     tokens: list[int] = field(default_factory=list)  # prompt, then those made
     computed: int = 0
@@ -204,7 +205,7 @@ def _parts(jobs: Iterable[Job]) -> list[tuple[Job, Part]]:
         tokens = job.tokens[job.computed : job.computed + count]
         wanted = job.sampler.sampling.prompt_logprobs is not None
         in_prompt = job.computed < len(job.request.prompt_token_ids) and not job.sampler.made
-        found.append((job, Part(tokens, job.computed, job.adapter, job.caches, wanted and in_prompt)))
+        found.append((job, Part(tokens, job.computed, job.adapter, job.caches, wanted and in_prompt, job.constant)))
     return found
 
 

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.base import Routing
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.routing.inputs import InputRouting
+from xloom.mixtures.routing.xlora import XLoraRouting
 
 WIDENED_GATE_BYTES = 256 << 20  # above this the gates are widened to ranks linear by linear, not all at once
 
@@ -34,8 +37,19 @@ class SlotRouting:
         self.name = name  # the bundle's, with its generation
         self.row = {name: number for number, name in enumerate(routing.modules)}
         self.segments = [segment_index(segments) for segments in routing.segments]  # M times [R_m]
-        self.scaling_pass_gates = routing.scaling_pass_gates()  # [M, K]
+        self.constant = _constant(routing)
+        self.inputs = routing if isinstance(routing, InputRouting) else None  # whose gates come of a linear's input
         self._layout: GateLayout | None = None
+        self._layer_means: torch.Tensor | None = None
+
+    def layer_means(self, device: torch.device) -> torch.Tensor:
+        """`[num_layers, M]`, which makes gates `[M, K]` into means over each layer's linears; NaN where it has none."""
+        if self._layer_means is None:
+            layers = [layer_of(name) for name in self.row]
+            matrix = torch.zeros(max(layers) + 1, len(layers))
+            matrix[layers, range(len(layers))] = 1
+            self._layer_means = (matrix / matrix.sum(1, keepdim=True)).to(device)
+        return self._layer_means
 
     def layout(self, linears: Mapping[int, Sequence[str]]) -> GateLayout:
         """The same for all steps. `linears`: those of the model, as `slices_of` gives them."""
@@ -49,6 +63,18 @@ class SlotRouting:
             widths = [place.stop - place.start for place in places.values()]
             self._layout = GateLayout(torch.cat(found), places, widths)
         return self._layout
+
+
+def _constant(routing: Routing) -> torch.Tensor | None:
+    """Gates `[M, K]` that are no token's own: a scaling pass's, or a fixed mixture's."""
+    if isinstance(routing, XLoraRouting):
+        return routing.scaling_pass_gates()
+    return routing.gates() if isinstance(routing, FixedRouting) else None
+
+
+def layer_of(name: str) -> int:
+    """The number in a linear's name: that of its layer; 0 without one."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), 0)
 
 
 def segment_index(segments: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -70,6 +96,8 @@ class SlotRows:
     gates: torch.Tensor | None = None  # [num_rows, sum of R] when widened, else [num_rows, M * K]
     widened: bool = False
     single: dict[int, torch.Tensor] = field(default_factory=dict)  # of a single row: [R] by linear
+    # On CPU, of a mixture whose gates come from the linears' inputs: modules, and their gates [num_rows, slices, K].
+    made: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
 
     @property
     def single_row(self) -> int | None:
@@ -80,6 +108,8 @@ class SlotRows:
     def set_gates(self, gates: torch.Tensor) -> None:
         """Take the gates `[num_rows, M, K]` of the next forward pass."""
         assert self.routing is not None
+        if gates.stride(0) == 0:  # the same for all rows, which a product broadcasts by itself
+            gates = gates[:1]
         layout, self.single = self.routing.layout(BATCH.linears), {}
         size = len(gates) * len(layout.columns) * 4
         self.gates, self.widened = gates.reshape(len(gates), -1), size <= WIDENED_GATE_BYTES
@@ -89,11 +119,12 @@ class SlotRows:
                 self.single = dict(zip(layout.places, self.gates[0].split(layout.widths), strict=True))
 
     def gate_of(self, linear: int) -> torch.Tensor | None:
-        """`[num_rows, R]` to multiply between shrink and expand of a linear, all slices; None for a plain adapter.
+        """`[num_rows or 1, R]` to multiply between shrink and expand of a linear, all slices.
 
+        None for a plain adapter, and for a mixture whose gates come from the linear's input.
         Raises `RuntimeError` for a bundle without gates, which would be the plain sum of its adapters.
         """
-        if self.routing is None:
+        if self.routing is None or self.routing.inputs is not None:
             return None
         if self.gates is None:
             raise RuntimeError(f"no gates for {self.routing.name} in this step")
@@ -120,6 +151,9 @@ class Gater(Protocol):
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         """The next forward pass runs with these gates `[num_rows, M, K]`, float32."""
 
+    def made_gates(self, entry: SlotRows) -> torch.Tensor:
+        """The gates `[num_rows, M, K]` that the last forward pass made of the linears' inputs."""
+
 
 @dataclass
 class LoRABatch:
@@ -131,9 +165,16 @@ class LoRABatch:
     gater: Gater | None = None  # the punica wrapper of this process
     scheduler: type | None = None  # the class that schedules for it
     runner: type | None = None  # the class of the model runner
+    mixtures: bool = False  # whether the engine was started for them
+    input_gates: bool = False  # and whether, on a GPU, for gates that are made of inputs
 
-    def xlora(self) -> list[SlotRows]:
-        return [entry for entry in self.rows if entry.routing is not None]
+    def gated(self) -> list[SlotRows]:
+        """The rows whose gates have to be set before a forward pass; those of other mixtures come from their inputs."""
+        return [entry for entry in self.rows if entry.routing is not None and entry.routing.inputs is None]
+
+    def made(self) -> list[SlotRows]:
+        """The rows whose gates are made of the linears' inputs."""
+        return [entry for entry in self.rows if entry.routing is not None and entry.routing.inputs is not None]
 
 
 BATCH = LoRABatch()

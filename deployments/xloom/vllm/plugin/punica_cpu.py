@@ -28,12 +28,13 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
     for entry in BATCH.rows:
         key = address, entry.slot
         if key not in entry.weights:
-            entry.weights[key] = slot_linear(lora_a, lora_b, entry.slot, BATCH.linears[address], entry.ranks)
+            names = BATCH.linears[address]
+            entry.weights[key] = slot_linear(lora_a, lora_b, entry.slot, names, entry.ranks, entry.routing)
         weights = entry.weights[key]
         if weights is None:
             continue
         if (row := entry.single_row) is not None:
-            weights.single.add_product(y[row], x[row], entry.single_gate_of(address))
+            weights.single.add_product(y[row], x[row], entry.single_gate_of(address), entry.made)
         else:
             _add(y, x, weights, entry, entry.gate_of(address))
 
@@ -44,9 +45,10 @@ def _add(y: torch.Tensor, x: torch.Tensor, weights: SlotLinear, entry: SlotRows,
         rows, target = x[places], y[places]
     else:  # a third of the time of x[places]
         rows, target = x.index_select(0, places), y.index_select(0, places)
-    shrunk = weights.a.product(rows)
+    shrunk, own = weights.shrink(rows, entry.made)
+    gate = gate if own is None else own
     if gate is not None:
-        if gate.shape != shrunk.shape:
+        if gate.shape[1] != shrunk.shape[1] or len(gate) not in (1, len(shrunk)):
             raise RuntimeError(f"gates {tuple(gate.shape)} for ranks {tuple(shrunk.shape)}")
         shrunk = (shrunk * gate).to(rows.dtype)
     for part in weights.slices:
@@ -79,6 +81,11 @@ class GatedPunicaCPU(PunicaWrapperCPU):
 
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         entry.set_gates(gates)
+
+    def made_gates(self, entry: SlotRows) -> torch.Tensor:
+        made = torch.cat([gates for _, gates in entry.made], 1)
+        order = [module for modules, _ in entry.made for module in modules]
+        return made if order == sorted(order) else made[:, np.argsort(order)]
 
     def update_metadata(
         self,

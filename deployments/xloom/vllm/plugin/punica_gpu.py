@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from xloom.vllm.plugin.gate_tables import GateTables
 from xloom.vllm.plugin.gated_shrink import gated_shrink
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, rows_of, slices_of
+from xloom.vllm.plugin.input_gates import input_gates
 from xloom.vllm.plugin.lora_metadata import prepare_indices, prepare_kernels, slots_of
 
 _tables: list[GateTables] = []  # of this process's wrapper
@@ -37,8 +38,13 @@ def shrink(
     num_slots: torch.Tensor,
     scaling: float,
 ) -> None:
-    """`gated_shrink` with this process's tables: an operator that torch.compile does not look into."""
+    """`gated_shrink` with this process's tables: an operator that torch.compile does not look into.
+
+    Where gates may be made of the input that is first: always, since graphs are captured before any mixture is there.
+    """
     meta = (token_slots, tokens, counts, starts, slots, no_lora, num_slots)
+    if BATCH.input_gates:
+        input_gates(x, lora_a, _tables[0], meta)
     gated_shrink(x, lora_a, out, _tables[0], meta, scaling)
 
 
@@ -102,6 +108,10 @@ class GatedPunicaGPU(PunicaWrapperGPU):
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         """Take the gates `[num_rows, M, K]` of a slot's rows for the step that comes, float32 on the device."""
         self.tables.put(entry, gates)
+
+    def made_gates(self, entry: SlotRows) -> torch.Tensor:
+        """They are where `input_gates` wrote them."""
+        return self.tables.read(entry)
 
     def add_shrink(
         self,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xloom.mixtures.routing.arrow import ArrowRouting
+from xloom.mixtures.routing.inputs import with_absent
 from xloom.vllm.plugin import gates as module
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, segment_index
+from xloom.vllm.plugin.patches import check_kernels
 from xloom.vllm.plugin.punica_cpu import lora_linear
 
 from .routings import routing
@@ -53,6 +56,49 @@ def test_gates_multiply_between_shrink_and_expand_of_the_right_rows(rows: slice 
     lora_linear(y, x, a, b)
 
     torch.testing.assert_close(y, expected)
+
+
+def of_inputs() -> ArrowRouting:
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(2, WIDTH, generator=generator) for _ in NAMES]
+    segments = tuple(tuple(segment) for segment in SEGMENTS)
+    biases = [with_absent(torch.zeros(2), segment) for segment in segments]
+    return ArrowRouting(
+        num_adapters=2,
+        adapter_names=("one", "two"),
+        modules=tuple(NAMES),
+        segments=segments,
+        activation="softmax",
+        top_k=None,
+        temperature=0.7,
+        routers=tuple(zip(drawn, biases, strict=True)),
+    )
+
+
+@pytest.mark.parametrize("rows", PLACES, ids=["contiguous", "scattered", "single"])
+def test_gates_made_of_the_input_multiply_between_shrink_and_expand(rows: slice | torch.Tensor) -> None:
+    x, a, b, y = weights()
+    mixture = of_inputs()
+    entry = SlotRows(7, 2, rows, {"m.q_proj": 5, "m.k_proj": 3}, SlotRouting(mixture))
+    BATCH.rows, BATCH.linears = [entry], {a[0].data_ptr(): NAMES}
+    expected = y.clone()
+    for number, (place, rank) in enumerate(((slice(0, 12), 5), (slice(12, 20), 3))):
+        gates = mixture.gates(number, x[rows])[:, segment_index(SEGMENTS[number])]
+        expected[rows, place] += expected_delta(x[rows], a[number][2], b[number][2], rank, gates)
+
+    lora_linear(y, x, a, b)
+
+    torch.testing.assert_close(y, expected)
+
+
+def test_a_gpu_without_the_kernel_for_gates_of_inputs_refuses_such_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BATCH, "input_gates", False)
+    with pytest.raises(RuntimeError, match=r"engine\.input_gates: true"):
+        check_kernels(of_inputs(), "cuda")
+    check_kernels(of_inputs(), "cpu")
+    check_kernels(routing(NAMES, SEGMENTS), "cuda")
+    monkeypatch.setattr(BATCH, "input_gates", True)
+    check_kernels(of_inputs(), "cuda")
 
 
 @pytest.mark.parametrize("rows", PLACES, ids=["contiguous", "scattered", "single"])
