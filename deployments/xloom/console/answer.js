@@ -10,8 +10,8 @@
  * @property {Record<string, number>} gates mean over the answer's tokens
  * @property {Record<string, number> | null} prompt_gates
  * @property {number} tokens
- * @property {number} prompt_tokens
- * @property {number} cached_prompt_tokens
+ * @property {number} prompt_tokens that were computed; `prompt_gates` is their mean
+ * @property {number} cached_prompt_tokens that came from the prefix cache, and have no gates
  * @property {number[][]} [token_gates] [token][adapter]
  */
 

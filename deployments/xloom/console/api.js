@@ -22,7 +22,7 @@ export class ApiError extends Error {
  * @typedef {object} Model
  * @property {string} id
  * @property {string} kind "base", "lora", or a mixture's: "xlora", "arrow", "fixed", "linear"
- * @property {number} [max_model_len] tokens
+ * @property {string[]} [adapters] of a mixture
  */
 
 export class Api {

@@ -8,7 +8,6 @@ import { isMixture } from "./models.js";
 
 /** @typedef {import("./api.js").Api} Api */
 /** @typedef {import("./api.js").Model} Model */
-/** @typedef {import("./answer.js").Mixture} Mixture */
 
 export class Chat {
   #api;
@@ -23,20 +22,17 @@ export class Chat {
   /** @type {AbortController | null} */
   #running = null;
   #ready = false;
-  #learn;
 
   /**
    * @param {Api} api
    * @param {(name: string) => string} look an adapter's classes
    * @param {() => {model: Model | undefined, options: object, weights: Record<string, number> | undefined,
    *   system: string}} request what the user has set
-   * @param {(mixture: Mixture) => void} learn told of each answer's mixture
    */
-  constructor(api, look, request, learn) {
+  constructor(api, look, request) {
     this.#api = api;
     this.#look = look;
     this.#request = request;
-    this.#learn = learn;
     byId("composer").addEventListener("submit", (/** @type {Event} */ event) => {
       event.preventDefault();
       this.#ask();
@@ -119,7 +115,6 @@ export class Chat {
     try {
       for await (const chunk of this.#api.chat(body, signal)) this.#keepInView(() => message.take(chunk));
       this.#keepInView(() => (told = message.end()));
-      if (message.answer.mixture) this.#learn(message.answer.mixture);
     } catch (error) {
       this.#keepInView(() => (told = message.fail(error, signal.aborted)));
     }

@@ -7,7 +7,7 @@ import { Chat } from "./chat.js";
 import { Deployment } from "./deployment.js";
 import { byId } from "./element.js";
 import { key } from "./key.js";
-import { Models, isMixture } from "./models.js";
+import { Models } from "./models.js";
 import { Palette } from "./palette.js";
 import { Weights } from "./weights.js";
 
@@ -19,13 +19,7 @@ const look = (/** @type {string} */ name) => palette.of(name);
 const models = new Models();
 const weights = new Weights(look);
 const deployment = new Deployment();
-/** @type {Map<string, string[]>} adapters of mixtures, by the mixtures' names */
-const parts = new Map();
-const chat = new Chat(api, look, request, (mixture) => {
-  const model = models.chosen;
-  if (model && isMixture(model.kind) && mixture.name === model.id) parts.set(model.id, mixture.adapters);
-  showWeights();
-});
+const chat = new Chat(api, look, request);
 
 /** What the user has set. */
 function request() {
@@ -36,7 +30,7 @@ function request() {
 function showWeights() {
   const model = models.chosen;
   if (model === undefined) return;
-  weights.show(model.kind, model.kind === "base" ? models.adapters : (parts.get(model.id) ?? []));
+  weights.show(model.id, model.kind, model.kind === "base" ? models.adapters : (model.adapters ?? []));
   showSummary();
 }
 
@@ -76,7 +70,6 @@ async function refresh() {
     if (error.status === 0) throw error;
     return null; // a proxy may let /v1 through and no more
   });
-  for (const each of status?.adapters ?? []) if (each.adapters?.length) parts.set(each.name, each.adapters);
   models.show(list);
   showWeights();
   chat.ready = list.length > 0;

@@ -91,10 +91,11 @@ export class MixtureView {
 }
 
 /** @param {Mixture} mixture */
-function ofPrompt({ adapters, prompt_gates: gates, prompt_tokens: all, cached_prompt_tokens: cached }) {
-  const mean = gates && `Prompt: ${inWords(adapters, adapters.map((name) => gates[name] ?? 0))}.`;
-  const rest = cached > 0 && `${cached} of the prompt's ${all} tokens came from the prefix cache, without gates.`;
-  return [mean, rest].filter(Boolean).join(" ");
+function ofPrompt({ adapters, prompt_gates: gates, prompt_tokens: computed, cached_prompt_tokens: cached }) {
+  const mean = gates && inWords(adapters, adapters.map((name) => gates[name] ?? 0));
+  const known = mean ? `Prompt, mean over ${counted(computed, "token")}: ${mean}.` : "";
+  const rest = cached > 0 ? `${counted(cached, "token")} of the prompt came from the prefix cache, without gates.` : "";
+  return `${known} ${rest}`.trim();
 }
 
 /** @param {string} token white space and nothing made visible */

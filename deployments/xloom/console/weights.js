@@ -40,11 +40,12 @@ export class Weights {
 
   /**
    * Show the sliders that go with a model; what is set stays while they are the same.
+   * @param {string} model
    * @param {string} kind "base", or a mixture's; of any other there is nothing to set
-   * @param {string[]} adapters what can be weighted; empty: not known yet
+   * @param {string[]} adapters what can be weighted
    */
-  show(kind, adapters) {
-    const asked = JSON.stringify([kind, adapters]);
+  show(model, kind, adapters) {
+    const asked = JSON.stringify([model, kind, adapters]);
     if (asked === this.#shown) return;
     this.#shown = asked;
     this.#isBase = kind === "base";
@@ -52,11 +53,8 @@ export class Weights {
     this.#controls.clear();
     this.#rows.replaceChildren();
     this.#on.checked = false;
-    this.#box.hidden = kind === "lora" || (this.#isBase && adapters.length === 0);
+    this.#box.hidden = kind === "lora" || adapters.length === 0;
     byId("weights-label").textContent = this.#isBase ? "Mix adapters on the base model" : "Set them, instead of its own gates";
-    byId("weights-note").textContent = adapters.length ? "" : "Its first answer names its adapters.";
-    this.#on.disabled = adapters.length === 0;
-    byId("weights-buttons").hidden = adapters.length === 0;
     const first = this.#isBase && adapters.length > SHOWN ? adapters.slice(0, 2) : adapters;
     for (const name of first) this.#addRow(name, this.#isBase ? 0 : 1 / first.length);
     this.#offer();
