@@ -212,6 +212,7 @@ class RouterSettings(_Section):
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # Ray resources of a router, which keep it where they are
     api_key: SecretStr | None = None  # or XLOOM_API_KEY
     admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; without it nobody changes adapters
+    console: bool = True  # the page at /console
     allow_anonymous: bool = False  # start without an API key at an address that others reach
     front_end_args: dict[str, Any] = {}  # options of vLLM's OpenAI front end: chat_template, tool_call_parser, ...
     limits: LimitSettings = LimitSettings()
