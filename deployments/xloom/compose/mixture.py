@@ -1,0 +1,108 @@
+"""A base model with a stack of adapters on it, gated by a router: batches in, logits or hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xloom.compose.router import BundleRouter, ConstantRouter, Router
+from xloom.compose.stack import Stack, StackedLinear
+from xloom.mixtures.mixing import gated_delta
+
+Watcher = Callable[[int, Tensor, Tensor], None]  # place, the linear's input [batch, tokens, in], gates
+
+
+class Mixture:
+    """Model and adapters stay as they are; gradients reach the router alone."""
+
+    def __init__(self, model: nn.Module, stack: Stack) -> None:
+        self.model, self.stack = model.eval().requires_grad_(False), stack
+        self._modules = dict(model.named_modules())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
+
+    @property
+    def config(self) -> Any:
+        """The text model's configuration (transformers)."""
+        model: Any = self.model
+        return model.config.get_text_config()
+
+    def logits(self, ids: Tensor, router: Router | None, watch: Watcher | None = None) -> Tensor:
+        """The logits `[batch, tokens, vocab]`, float32, of ids `[batch, tokens]`; without a router the base model's."""
+        with self._under(ids, router, watch):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float()
+
+    def watch(self, ids: Tensor, router: Router | None, watch: Watcher) -> None:
+        """Run the layers alone, without the logits, and show each linear's input and gates."""
+        with torch.no_grad():
+            if router is None:
+                router = ConstantRouter([0.0] * len(self.stack.names), self.device)
+            self._hidden(ids, router, watch)
+
+    @torch.no_grad()
+    def base_hidden(self, ids: Tensor) -> Tensor:
+        """The base model's last hidden states `[batch, tokens, hidden]`, after the final norm."""
+        return self._hidden(ids, None)
+
+    def _hidden(self, ids: Tensor, router: Router | None, watch: Watcher | None = None) -> Tensor:
+        with self._under(ids, router, watch):
+            inner: Any = self.model.base_model  # transformers: the model without its head
+            hidden: Tensor = inner(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        return hidden
+
+    def _under(self, ids: Tensor, router: Router | None, watch: Watcher | None) -> Any:
+        if router is None:
+            return nullcontext()
+        hidden = None
+        if router.scaling_pass is not None:
+            with torch.no_grad():
+                hidden = self._hidden(ids, _scaling_router(router))
+        router.begin(hidden)
+        return self._hooked(router, watch)
+
+    @contextmanager
+    def _hooked(self, router: Router, watch: Watcher | None) -> Iterator[None]:
+        handles = [
+            self._modules[linear.name].register_forward_hook(_hook(place, linear, router, watch))
+            for place, linear in enumerate(self.stack.linears)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _ScalingRouter(Router):
+    """The constant gates of a bundle's scaling pass, which may differ from linear to linear."""
+
+    def __init__(self, bundle: BundleRouter) -> None:
+        super().__init__()
+        self._bundle = [bundle]
+
+    def gates(self, place: int, x: Tensor) -> Tensor:
+        return self._bundle[0].scaling_gates(place).expand(*x.shape[:-1], -1)
+
+
+def _scaling_router(router: Router) -> Router | None:
+    return _ScalingRouter(router) if router.scaling_pass and isinstance(router, BundleRouter) else None
+
+
+def _hook(place: int, linear: StackedLinear, router: Router, watch: Watcher | None) -> Any:
+    def add(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+        x = args[0]
+        gates = router.gates(place, x)
+        if watch is not None:
+            watch(place, x, gates)
+        wide = gates.index_select(-1, linear.columns).to(linear.a.dtype)
+        return result + gated_delta(x.to(linear.a.dtype), linear.a, linear.b, wide).to(result.dtype)
+
+    return add
