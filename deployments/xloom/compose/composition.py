@@ -31,7 +31,8 @@ from xloom.mixtures.lora import LoraWeights, read_lora
 from xloom.mixtures.modules import linear_modules
 from xloom.protocol import XloomError
 
-TUNING = 0.3  # of the learning rate, after a distillation
+PIECE = 128  # tokens of one domain in a row that joins several
+TUNING = 0.5  # of the learning rate, after a distillation
 RECORD = "compose.json"  # what was asked for and what came of it, beside the router
 _HELD_OUT_TOKENS = 1 << 20  # read at most, of each text
 
@@ -72,7 +73,7 @@ def compose(plan: Plan, tokenizer: Any, listener: Listener | None = None, save_s
     limit = options.batch * options.length * max(1, options.steps + options.tune)
     read = partial(Streams.read, plan.text, plan.mixed, text_encoder(tokenizer))
     training, kept = read(held_out=False, limit=limit), read(held_out=True, limit=_HELD_OUT_TOKENS)
-    piece = min(128, options.length // 2)
+    piece = min(PIECE, options.length // 2)
     batches = Batches(training, options.batch, options.length, piece, options.seed)
     batches.check()
     listener.stage(f"Loading {plan.base.source}")

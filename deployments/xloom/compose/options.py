@@ -16,11 +16,11 @@ class Options:
     size: int = 256  # of its inner layers
     layerwise: bool = True  # gates of their own for each linear
     temperature: float = 1.0
-    steps: int = 200
+    steps: int = 120
     tune: int = 0  # steps of language-model loss after a distillation
-    batch: int = 8
-    length: int = 256
-    learning_rate: float = 1e-2
+    batch: int = 4
+    length: int = 512
+    learning_rate: float = 2e-2
     domain_share: float = 0.05  # of the cross-entropy between mean gate and domain
     seed: int = 0
     held_out_rows: int = 8  # a column of the table

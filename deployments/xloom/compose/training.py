@@ -59,7 +59,7 @@ def train(
     if found is not None:
         router.load_state_dict(found.router)
     for number, phase in enumerate(phases):
-        optimiser = Optimiser(parameters, phase.steps, phase.peak)
+        optimiser = Optimiser(parameters, phase.steps, phase.peak, weight_decay=0.0)
         if found is not None and found.phase > number:
             continue
         if found is not None and found.phase == number and found.done:
