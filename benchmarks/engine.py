@@ -139,20 +139,23 @@ def measure_routing(prepared: Path, repeats: int = 200) -> dict[int, tuple[float
     """Milliseconds (median, 90th percentile) from hidden states to the gates the kernels read, by tokens a step."""
     import torch
 
-    from xloom.mixtures.routing import Routing
+    from xloom.mixtures.routing.registry import load_routing
+    from xloom.mixtures.routing.xlora import XLoraRouting
     from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows
 
-    routing = SlotRouting(Routing.load(prepared))
-    BATCH.linears = {number: [name] for number, name in enumerate(routing.routing.modules)}
+    router = load_routing(prepared)
+    assert isinstance(router, XLoraRouting)
+    routing = SlotRouting(router)
+    BATCH.linears = {number: [name] for number, name in enumerate(router.modules)}
     found = {}
     for tokens in (1, 16, 64, 256):
-        hidden = torch.randn(tokens, routing.routing.hidden_size)
+        hidden = torch.randn(tokens, router.hidden_size)
         entry = SlotRows(1, 0, slice(0, tokens), {}, routing)
         times = []
         with torch.inference_mode():
             for _ in range(repeats):
                 start = time.perf_counter()
-                entry.set_gates(routing.routing.gates(hidden))
+                entry.set_gates(router.gates(hidden))
                 times.append(1e3 * (time.perf_counter() - start))
         times.sort()
         found[tokens] = (statistics.median(times), times[int(0.9 * len(times))])

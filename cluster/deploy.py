@@ -32,7 +32,7 @@ def deploy(file: Path | None, wait_s: float, console: Console) -> str:
     serve.start(proxy_location="Disabled", logging_config=serve_logging(settings.observability.logs))
     console.print(f"Deploying {settings.model.source}", highlight=False)
     port = start(application(described["args"]), settings, timeout_s=wait_s)
-    names = [settings.model.served_name, *(entry.name for entry in (*settings.adapters, *settings.xlora))]
+    names = [settings.model.served_name, *settings.names]
     return f"Serving {', '.join(names)} at port {port} of the nodes with a router."
 
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from xloom.engines.base import LLMBackend
 from xloom.engines.transformers.backend import TransformersBackend
-from xloom.mixtures.options import XLORA_FILE
-from xloom.mixtures.prepare import ROUTER_FILE
+from xloom.mixtures.options import ROUTER_FILE, XLORA_FILE
 from xloom.protocol import AdapterRef, TokenRequest
 from xloom.vllm.engine.backend import VLLMBackend
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, XLoraConfig, get_peft_model
+from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from xloom.mixtures.linear_router import LinearRouter
 from xloom.mixtures.modules import linear_modules
 
 HIDDEN = 64
@@ -136,9 +137,14 @@ def tiny_adapter(
     layers: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     strength: float = 0.6,
+    leading: float = 1.0,
     config: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a random LoRA adapter, strong enough to change the model's tokens; `layers` limits it to some layers."""
+    """Write a random LoRA adapter, strong enough to change the model's tokens; `layers` limits it to some layers.
+
+    `leading` stretches one direction of each A: where one singular value is far above the others, as training leaves
+    it, PEFT's few steps of power iteration find its vector.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     tensors = {}
     for name, (out_features, in_features) in linear_modules(str(model_folder)).items():
@@ -148,6 +154,7 @@ def tiny_adapter(
         if layers is not None and not any(part.isdigit() and int(part) in layers for part in parts):
             continue
         a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        a[0] *= leading
         b = torch.randn(out_features, rank, generator=generator) * strength / rank**0.5
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype)
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(dtype)
@@ -254,6 +261,18 @@ def tiny_bundle(
     return folder
 
 
+def linear_router(model_folder: Path, adapters: Mapping[str, Path], **options: Any) -> LinearRouter:
+    """A random linear router over adapters that lie in a folder with it."""
+    generator = torch.Generator().manual_seed(8)
+    count = len(adapters)
+    layers = {
+        name: (torch.randn(count, inputs, generator=generator), torch.randn(count, generator=generator))
+        for name, (_, inputs) in linear_modules(str(model_folder)).items()
+        if name != "lm_head"
+    }
+    return LinearRouter({name: folder.name for name, folder in adapters.items()}, layers, **options)
+
+
 def load_model(folder: Path) -> PreTrainedModel:
     """The model in float32, without its KV cache."""
     options = {}
@@ -292,6 +311,17 @@ def peft_xlora(model_folder: Path, bundle_folder: Path, **overrides: Any) -> Pef
 def peft_lora(model_folder: Path, adapter_folder: Path) -> PeftModel:
     """PEFT's own LoRA, in float32."""
     model = PeftModel.from_pretrained(load_model(model_folder), adapter_folder)
+    model.eval()
+    return model
+
+
+def peft_arrow(
+    model_folder: Path, adapter_folders: Sequence[Path], top_k: int, temperature: float = 1.0
+) -> torch.nn.Module:
+    """PEFT's own Arrow over adapters of one rank and the same targets, in float32."""
+    config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
+    model = create_arrow_model(load_model(model_folder), list(map(str, adapter_folders)), config)
+    assert isinstance(model, PeftModel)
     model.eval()
     return model
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from xloom.adapters.limits import Limits
 from xloom.adapters.manifest import Entry
 from xloom.adapters.source_rules import SourceRules, check_prefixes
+from xloom.adapters.wanted import wanted
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
 from xloom.observability.logs import serve_logging
-from xloom.protocol import Overrides, XloomError
+from xloom.protocol import XloomError
 from xloom.router.exposure import check_exposure
 from xloom.settings import Settings, parse_settings
 from xloom.vllm.front_end.argument_table import check_names
@@ -127,6 +128,7 @@ def own_rules(settings: Settings) -> SourceRules:
 def run_time_rules(settings: Settings) -> SourceRules:
     """Which sources may be added at run time: those of `store.sources`, and what the settings name themselves."""
     named = [entry.location for entry in (*settings.adapters, *settings.xlora)]
+    named += [source for mixture in settings.mixtures for source in settings.adapters_of(mixture).values()]
     return replace(own_rules(settings), allowed=(*settings.store.sources, *named))
 
 
@@ -135,19 +137,19 @@ def for_stored(settings: Settings, entries: tuple[Entry, ...]) -> Settings:
 
     Raises `XloomError`, unsupported_by_backend among others, for bundles that would not be served.
     """
-    bundles = ", ".join(repr(entry.name) for entry in entries if entry.kind == "xlora")
+    bundles = ", ".join(repr(entry.name) for entry in entries if entry.ref.is_mixture)
     if not bundles or settings.xlora_enabled:
         return settings
     cure = "Remove them with the earlier settings (xloom adapters remove), or set another store.path."
     if settings.engine.enable_xlora != "auto":
-        message = f"The store holds the X-LoRA bundles {bundles}, and engine.enable_xlora is false."
+        message = f"The store holds the mixtures {bundles}, and engine.enable_xlora is false."
         raise XloomError("unsupported_by_backend", message, f"Set it to auto. {cure}")
     engine = settings.engine.model_copy(update={"enable_xlora": True})
     settings = settings.model_copy(update={"engine": engine})
     try:
         backend_for(settings)
     except XloomError as error:
-        message = f"The store holds the X-LoRA bundles {bundles}. {error.message}"
+        message = f"The store holds the mixtures {bundles}. {error.message}"
         raise XloomError(error.code, message, f"{error.cure} {cure}", error.status) from None
     return settings
 
@@ -167,28 +169,19 @@ async def open_adapters(settings: Settings) -> tuple[StoreClient, tuple[Entry, .
         stuck_timeout_s=settings.replicas.stuck_timeout_s,
     )
     rules = own_rules(settings)
-    for adapter in settings.adapters:
+    for entry in wanted(settings):
         await store.add(
-            adapter.name,
-            adapter.location,
-            "lora",
+            entry.name,
+            entry.source,
+            entry.kind,
+            entry.overrides,
             replace=True,
-            verify=adapter.verify,
+            verify=entry.verify,
             configured=True,
             rules=rules,
+            blend=entry.blend,
         )
-    for bundle in settings.xlora:
-        await store.add(
-            bundle.name,
-            bundle.location,
-            "xlora",
-            Overrides.of(bundle),
-            replace=True,
-            verify=bundle.verify,
-            configured=True,
-            rules=rules,
-        )
-    await store.prune([entry.name for entry in (*settings.adapters, *settings.xlora)])
+    await store.prune(settings.names)
     return store, await store.entries()
 
 

@@ -229,7 +229,7 @@ def _deploy(
 def _greet(settings: Settings, entries: tuple[Entry, ...], port: int) -> None:
     host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::", "localhost") else settings.router.host
     url = f"http://{host}:{port}"
-    bundles = [entry.name for entry in entries if entry.kind == "xlora"]
+    bundles = [entry.name for entry in entries if entry.ref.is_mixture]
     names = [settings.model.served_name, *(entry.name for entry in entries)]
     model = bundles[0] if bundles else names[-1]
     key = settings.router.api_key is not None

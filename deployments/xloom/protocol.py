@@ -13,6 +13,9 @@ from typing import Any
 
 import msgspec
 
+MIXTURES = ("xlora", "arrow", "fixed", "linear")  # kinds of mixture: where their gates come from
+KINDS = ("lora", *MIXTURES)  # of what is served beside the base model
+
 
 class XloomError(Exception):
     """A user's or operator's mistake, or a failure they can act on: a stable code, what happened, the cure.
@@ -54,7 +57,12 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
     name: str
     generation: str  # hex digest of the prepared content, overrides included
-    kind: str  # "lora" or "xlora"
+    kind: str  # "lora", or a mixture's routing: "xlora", "arrow", "fixed", "linear"
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it has gates."""
+        return self.kind in MIXTURES
 
     @property
     def key(self) -> str:
@@ -80,6 +88,16 @@ class Overrides(msgspec.Struct, frozen=True, omit_defaults=True):
 NO_OVERRIDES = Overrides()
 
 
+class Blend(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A mixture made of adapters alone: which they are, and where its gates come from."""
+
+    routing: str  # arrow or fixed
+    adapters: dict[str, str]  # name in the mixture -> source
+    weights: dict[str, float] = {}  # of fixed; empty: alike, and together 1
+    top_k: int | None = None  # of arrow; None: all
+    temperature: float | None = None  # of arrow; None: 1
+
+
 class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One generation request, in tokens."""
 
@@ -94,6 +112,7 @@ class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     trace: dict[str, str] = {}  # the trace it belongs to: traceparent, tracestate
     extra: dict[str, Any] = {}  # engine-specific fields, passed through
     num_client_tokens: int | None = None  # of the prompt; those after them another replica has generated. None: all
+    weights: dict[str, float] | None = None  # of a mixture with fixed gates, by adapter. None: the mixture's own
 
 
 class Logprobs(msgspec.Struct, array_like=True, omit_defaults=True):

@@ -80,7 +80,7 @@ class EngineSettings(_Section):
     paged_attention: PagedAttentionSettings = PagedAttentionSettings()
     tensor_parallel_size: int = Field(1, ge=1)
     compile: bool = True  # False: eager mode
-    enable_xlora: Literal["auto"] | bool = "auto"  # auto: when a bundle is configured
+    enable_xlora: Literal["auto"] | bool = "auto"  # auto: when a bundle or mixture is configured
     max_adapters: int = Field(8, ge=1)  # in a replica's slots; others wait in its memory, or on its node's disk
     max_lora_rank: Literal["auto"] | Rank = "auto"  # a bundle's rank is the sum of its adapters' ranks
     extra_args: dict[str, Any] = {}  # any other engine argument, passed through
@@ -135,6 +135,18 @@ class XLoraSettings(AdapterSettings):
     mixing_mode: MixingMode | None = None  # None: the bundle's own, else additive
     routing_passes: Literal[1, 2] | None = None  # 1: another model at half the price: docs/x-lora.md; None: 2
     prefill: Literal["exact", "lagged"] | None = None  # of one pass; None: exact
+
+
+class MixtureSettings(_Section):
+    """A mixture of adapters without a trained router: docs/mixtures.md."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    adapters: list[str] = Field(min_length=2)  # names under `adapters`, or sources
+    routing: Literal["arrow", "fixed"] = "arrow"
+    weights: dict[str, float] = {}  # of fixed, by adapter; empty: alike, and together 1
+    top_k: int | None = Field(None, ge=1)  # of arrow; None: all
+    temperature: float | None = Field(None, gt=0)  # of arrow; None: 1
+    verify: bool = False  # a replica proves it before serving it: docs/check.md
 
 
 class ReplicaSettings(_Section):
@@ -283,12 +295,13 @@ class Settings(_Section):
     isq: IsqSettings | None = None  # None: the weights as they are
     adapters: list[AdapterSettings] = []
     xlora: list[XLoraSettings] = []
+    mixtures: list[MixtureSettings] = []
     replicas: ReplicaSettings = ReplicaSettings()
     router: RouterSettings = RouterSettings()
     store: StoreSettings = StoreSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
 
-    @field_validator("xlora", "adapters")
+    @field_validator("xlora", "adapters", "mixtures")
     @classmethod
     def _unique(cls, entries: list[Any]) -> list[Any]:
         names = [entry.name for entry in entries]
@@ -300,16 +313,52 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _names_apart(self) -> Settings:
         seen = {self.model.served_name: "the base model"}
-        for entry in [*self.adapters, *self.xlora]:
-            if entry.name in seen:
-                raise ValueError(f"the name {entry.name!r} is already that of {seen[entry.name]}")
-            seen[entry.name] = "an adapter"
+        for name in self.names:
+            if name in seen:
+                raise ValueError(f"the name {name!r} is already that of {seen[name]}")
+            seen[name] = "an adapter"
+        return self
+
+    @model_validator(mode="after")
+    def _mixtures_of_adapters(self) -> Settings:
+        for mixture in self.mixtures:
+            named = self.adapters_of(mixture)
+            if len(named) < len(mixture.adapters):
+                raise ValueError(f"mixtures: {mixture.name!r} names an adapter twice")
+            arrow = mixture.routing == "arrow"
+            if arrow and mixture.weights:
+                raise ValueError(f"mixtures: the weights of {mixture.name!r} are for routing: fixed")
+            if not arrow and (mixture.top_k is not None or mixture.temperature is not None):
+                raise ValueError(f"mixtures: top_k and temperature of {mixture.name!r} are for routing: arrow")
+            if odd := [name for name in mixture.weights if name not in named]:
+                raise ValueError(f"mixtures: {mixture.name!r} has a weight of {odd[0]!r}, which it does not mix")
+            if mixture.top_k is not None and mixture.top_k > len(named):
+                raise ValueError(f"mixtures: top_k of {mixture.name!r} is {mixture.top_k}, of {len(named)} adapters")
+            if arrow and self.engine.tensor_parallel_size > 1:
+                raise ValueError(f"mixtures: {mixture.name!r}: routing arrow needs engine.tensor_parallel_size: 1")
         return self
 
     @property
+    def names(self) -> list[str]:
+        """The names of what is served beside the base model."""
+        return [*(entry.name for entry in (*self.adapters, *self.xlora)), *(entry.name for entry in self.mixtures)]
+
+    def adapters_of(self, mixture: MixtureSettings) -> dict[str, str]:
+        """A mixture's adapters: their names in it, and where each is read from.
+
+        What is no name under `adapters` is a source, and called by its last part.
+        """
+        known = {adapter.name: adapter.location for adapter in self.adapters}
+        return {
+            (each if each in known else each.rstrip("/").rpartition("/")[2].partition("@")[0]): known.get(each, each)
+            for each in mixture.adapters
+        }
+
+    @property
     def xlora_enabled(self) -> bool:
-        """Whether the engine is started ready for X-LoRA bundles."""
-        return bool(self.xlora) if self.engine.enable_xlora == "auto" else self.engine.enable_xlora
+        """Whether the engine is started ready for mixtures."""
+        found = bool(self.xlora or self.mixtures)
+        return found if self.engine.enable_xlora == "auto" else self.engine.enable_xlora
 
 
 def _known_keys(model: type[BaseModel]) -> list[str]:

@@ -165,6 +165,13 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             made[section] = [resolve(entry, *names) for entry in data[section]]
         elif section in data:
             made[section] = resolve(data[section], *names)
+    if isinstance(made.get("mixtures"), list):
+        made["mixtures"] = [
+            entry | {"adapters": [resolve({"source": each}, "source")["source"] for each in entry["adapters"]]}
+            if isinstance(entry, dict) and isinstance(entry.get("adapters"), list)
+            else entry
+            for entry in made["mixtures"]
+        ]
     store = made.get("store")
     if isinstance(store, dict) and isinstance(store.get("sources"), list):
         prefixes = [resolve({"source": prefix}, "source")["source"] for prefix in store["sources"]]

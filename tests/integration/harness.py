@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
-from xloom.protocol import AdapterRef, Overrides, TokenRequest
+from xloom.mixtures.prepare_mixture import prepare_linear, prepare_mixture
+from xloom.protocol import AdapterRef, Blend, Overrides, TokenRequest
 from xloom.settings import EngineSettings, ModelSettings
 from xloom.vllm.engine.backend import VLLMBackend
 
@@ -76,18 +77,38 @@ class Engine:
         prepare_lora(folder, linear_modules(str(self.model)), prepared, max_rank=256)
         return self._add(AdapterRef(name, "test", "lora"), prepared)
 
+    def mixture(
+        self, name: str, routing: str, adapters: Mapping[str, Path], prepared: Path, **options: Any
+    ) -> AdapterRef:
+        """Prepare a mixture of adapters and load it."""
+        blend = Blend(routing, dict.fromkeys(adapters, ""), **options)
+        prepare_mixture(blend, adapters, linear_modules(str(self.model)), prepared, max_rank=256)
+        return self._add(AdapterRef(name, "test", routing), prepared)
+
+    def linear(self, name: str, folder: Path, prepared: Path) -> AdapterRef:
+        """Prepare a learned linear router with its adapters and load it."""
+        prepare_linear(folder, linear_modules(str(self.model)), prepared, max_rank=256)
+        return self._add(AdapterRef(name, "test", "linear"), prepared)
+
     def _add(self, ref: AdapterRef, prepared: Path) -> AdapterRef:
         self.call(self.backend.add_adapter(ref, prepared))
         return ref
 
-    def start(self, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> Future[Answer]:
+    def start(
+        self,
+        prompt: Sequence[int],
+        adapter: AdapterRef | None = None,
+        *,
+        weights: dict[str, float] | None = None,
+        **sampling: Any,
+    ) -> Future[Answer]:
         """Submit one request; greedy, to its full length, unless `sampling` says otherwise."""
         self._count += 1
         request_id = f"{id(self)}-{self._count}"
         options = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True} | sampling
         future: Future[Answer] = Future()
         self._answers[request_id], self._waiting[request_id] = Answer(), future
-        self.call(self.backend.submit(TokenRequest(request_id, list(prompt), options, adapter)))
+        self.call(self.backend.submit(TokenRequest(request_id, list(prompt), options, adapter, weights=weights)))
         return future
 
     def generate(self, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> Answer:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,10 +75,12 @@ from tests.models import (
 from xloom.mixtures.hooks import Adapter
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
-from xloom.mixtures.reference import Reference
-from xloom.protocol import Overrides
+from xloom.mixtures.prepare_mixture import prepare_mixture
+from xloom.mixtures.reference import OnePassReference, Reference
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.protocol import Blend, Overrides
 from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
-from xloom.vllm.plugin.pairs import PROMPT_ARG
+from xloom.vllm.plugin.pairs import PROMPT_ARG, with_weights
 
 activate()
 
@@ -157,6 +159,19 @@ class Served:
             )  # fmt: skip
             self.oracles[f"blend{number}"] = peft_xlora(model, folder)
             self.requests[f"blend{number}"] = LoRARequest(f"blend{number}@1", 77 + number, str(root / f"p{number}"))
+        mixed = {f"m{number}": tiny_adapter(root / f"m{number}", model, seed=30 + number, **spec)
+                 for number, spec in enumerate(ADAPTERS)}  # fmt: skip
+        self.weights: dict[str, tuple[float, ...]] = {"heavy": (1.5, -0.5, 0.0), "light": (0.25, 0.5, 0.25)}
+        for number, routing in enumerate(("arrow", "fixed")):
+            prepare_mixture(Blend(routing, {}), mixed, linears, root / routing, max_rank=256)
+            found = Adapter.load(root / routing, dtype=getattr(torch, OPTIONS.dtype))
+            self.oracles[routing] = OnePassReference(load_model(model).to(getattr(torch, OPTIONS.dtype)), found)
+            self.requests[routing] = LoRARequest(f"{routing}@1", 95 + number, str(root / routing))
+        for name, weights in self.weights.items():
+            fixed = self.oracles["fixed"]
+            assert isinstance(fixed.mixture.mixture, FixedRouting)
+            gates = fixed.mixture.mixture.gates(weights)[None]
+            self.oracles[name], self.requests[name] = replace(fixed, gates=gates), self.requests["fixed"]
         prepare_lora(adapter, linears, root / "plain", max_rank=256)
         self.requests["adapter"] = LoRARequest("adapter@1", 80, str(root / "plain"))
         parts = [f"{part}_proj" for part in ("q", "k", "v", "qkv", "o", "gate", "up", "down", "gate_up")]
@@ -192,7 +207,8 @@ class Served:
     def greedy(self, kind: str, prompt: list[int], n: int) -> list[int]:
         """What a request ought to be answered."""
         oracle = self.oracles[kind]
-        return oracle.greedy(prompt, n) if isinstance(oracle, Reference) else peft_greedy(oracle, prompt, n)
+        ours = isinstance(oracle, Reference | OnePassReference)
+        return oracle.greedy(prompt, n) if ours else peft_greedy(oracle, prompt, n)
 
 
 @dataclass
@@ -207,7 +223,8 @@ class Asked:
 
 def ask(served: Served, draw: random.Random, heads: list[list[int]], dialogues: list[tuple[str, list[int]]]) -> Asked:
     """One random request; some go on with a dialogue, whose answer then is prompt."""
-    kind = draw.choice(["base", "blend0", "blend0", "blend1", "adapter", "one", "one", "lagged"])
+    kinds = ["base", "blend0", "blend0", "blend1", "adapter", "one", "one", "lagged", "arrow", "heavy", "light"]
+    kind = draw.choice(kinds)
     head = draw.choice([*heads, [], [], []])
     prompt = head[: draw.choice([33, 64, 70])] + [draw.randrange(5, 250) for _ in range(draw.randrange(1, 24))]
     if dialogues and draw.random() < 0.3:
@@ -255,9 +272,11 @@ def main() -> None:
                 name = f"r{todo}"
                 it = asked[name] = ask(served, draw, heads, dialogues)
                 priority = draw.randrange(3) if OPTIONS.policy == "priority" else 0
+                sampling, asked_of = SamplingParams(**it.sampling), {"prompt_token_ids": it.prompt}
+                if it.kind in served.weights:
+                    asked_of["cache_salt"] = with_weights(sampling, None, served.weights[it.kind])
                 served.engine.add_request(
-                    name, {"prompt_token_ids": it.prompt}, SamplingParams(**it.sampling),
-                    lora_request=served.requests[it.kind], priority=priority,
+                    name, asked_of, sampling, lora_request=served.requests[it.kind], priority=priority
                 )  # fmt: skip
                 live.add(name)
             if live and draw.random() < 0.03 and not OPTIONS.plain:
@@ -317,7 +336,7 @@ def main() -> None:
                 "waiting": len(scheduler.waiting) + len(scheduler.kv_holding_waiting),
                 "pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
                 "gates": len(mixtures.step.store),
-                "bundles": len(mixtures.step._bundles) + len(mixtures.step._single),
+                "bundles": len(mixtures.step._bundles) + len(mixtures.step._single) + len(mixtures.step._weights),
                 "states": len(states),
             },
         }

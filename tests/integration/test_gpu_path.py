@@ -38,6 +38,11 @@ def test_bundles_adapters_and_base_rows_in_one_batch_equal_plain_torch(found: di
     assert found[f"mixed, {blocks}"] < ROUNDING
 
 
+def test_gates_made_of_a_linears_input_equal_plain_torch_when_captured_too(found: dict[str, Any]) -> None:
+    assert len(found["of inputs"]) == 6
+    assert max(found["of inputs"]) < ROUNDING
+
+
 def test_a_captured_step_is_right_for_other_rows_gates_and_bundles_than_it_was_captured_with(
     found: dict[str, Any],
 ) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from xloom.protocol import XloomError
+from xloom.mixtures.linear_router import save_linear_router
+from xloom.mixtures.reference import OnePassReference
+from xloom.protocol import AdapterRef, XloomError
 
 from ..models import (
     ADAPTERS,
+    linear_router,
     load_model,
+    peft_arrow,
     peft_greedy,
     peft_logits,
     peft_lora,
@@ -145,3 +149,112 @@ def test_concatenate_without_a_projection_equals_additive(served: tuple[Engine, 
         for mode in ("additive", "concatenate")
     ]
     assert answers[0] == answers[1]
+
+
+EQUAL: tuple[dict[str, Any], ...] = tuple(  # as PEFT's Arrow wants them
+    {"rank": 4, "alpha": alpha, "targets": ("q_proj", "v_proj", "down_proj"), "leading": 4.0} for alpha in (8, 12, 5)
+)
+
+
+def adapters(folder: Path, model: Path, specs: Sequence[dict[str, Any]]) -> dict[str, Path]:
+    return {
+        name: tiny_adapter(folder / name, model, seed=20 + number, **spec)
+        for number, (name, spec) in enumerate(zip(("code", "docs", "maths"), specs, strict=True))
+    }
+
+
+def assert_reference(engine: Engine, answer: Answer, prepared: Path, weights: dict[str, float] | None = None) -> None:
+    reference = OnePassReference.load(load_model(engine.model), prepared, weights)
+    tokens = reference.greedy(PROMPT, NEW_TOKENS)
+    assert_same(answer, tokens, reference.logits(PROMPT + tokens)[len(PROMPT) - 1 : -1])
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.5), (3, 2.0)])
+def test_arrow_equals_peft(served: tuple[Engine, Path], top_k: int, temperature: float) -> None:
+    engine, folder = served
+    name = f"arrow-{top_k}"
+    held = adapters(folder / name, engine.model, EQUAL)
+    options = {"top_k": top_k, "temperature": temperature}
+    ref = engine.mixture(name, "arrow", held, folder / f"{name}-prepared", **options)
+    answer = engine.generate(PROMPT, ref, max_tokens=NEW_TOKENS, logprobs=CANDIDATES)
+    oracle = peft_arrow(engine.model, list(held.values()), top_k, temperature)
+    tokens = peft_greedy(oracle, PROMPT, NEW_TOKENS)
+    assert_same(answer, tokens, peft_logits(oracle, PROMPT + tokens)[len(PROMPT) - 1 : -1])
+    assert answer.tokens != engine.generate(PROMPT, max_tokens=NEW_TOKENS).tokens
+
+
+@pytest.mark.parametrize("routing", ["arrow", "fixed", "linear"])
+def test_each_kind_over_other_ranks_and_targets_equals_the_reference(served: tuple[Engine, Path], routing: str) -> None:
+    engine, folder = served
+    name = f"unequal-{routing}"
+    held, prepared = adapters(folder / name, engine.model, ADAPTERS), folder / f"{name}-prepared"
+    if routing == "linear":
+        save_linear_router(folder / name, linear_router(engine.model, held, top_k=2))
+        ref = engine.linear(name, folder / name, prepared)
+    else:
+        ref = engine.mixture(name, routing, held, prepared, **({"top_k": 2} if routing == "arrow" else {}))
+    answer = engine.generate(PROMPT, ref, max_tokens=NEW_TOKENS, logprobs=CANDIDATES)
+    assert_reference(engine, answer, prepared)
+
+
+@pytest.fixture(scope="module")
+def fixed(served: tuple[Engine, Path]) -> tuple[Engine, AdapterRef, dict[str, Path], Path]:
+    engine, folder = served
+    held, prepared = adapters(folder / "fixed", engine.model, ADAPTERS), folder / "fixed-prepared"
+    return engine, engine.mixture("fixed", "fixed", held, prepared), held, prepared
+
+
+Fixed = tuple[Engine, AdapterRef, dict[str, Path], Path]
+
+
+def test_weights_of_a_request_are_its_gates(fixed: Fixed) -> None:
+    engine, ref, held, prepared = fixed
+    weights = {"code": 1.5, "maths": -0.5}
+    answer = engine.generate(PROMPT, ref, weights=weights, max_tokens=NEW_TOKENS, logprobs=CANDIDATES)
+    assert_reference(engine, answer, prepared, weights)
+    alone = engine.generate(PROMPT, ref, weights={"docs": 1.0}, max_tokens=NEW_TOKENS, logprobs=CANDIDATES)
+    oracle = peft_lora(engine.model, held["docs"])  # rsLoRA
+    tokens = peft_greedy(oracle, PROMPT, NEW_TOKENS)
+    assert_same(alone, tokens, peft_logits(oracle, PROMPT + tokens)[len(PROMPT) - 1 : -1])
+
+
+def test_requests_that_differ_in_weights_alone_never_share_pages(fixed: Fixed) -> None:
+    engine, ref, _, _ = fixed
+    prompt = [3 + (7 * place) % 200 for place in range(100)]
+    mean = dict.fromkeys(("code", "docs", "maths"), 1 / 3)  # the mixture's own
+    cached = [
+        engine.generate(prompt, ref, weights=weights, max_tokens=2).cached
+        for weights in ({"code": 1.0}, {"docs": 1.0}, None, {"code": 1.0}, mean)
+    ]
+    assert cached[:3] == [0, 0, 0]
+    assert min(cached[3:]) >= 64
+
+
+@pytest.mark.parametrize("weights", [{"poems": 1.0}, {"code": float("nan")}, {}])
+def test_wrong_weights_are_refused(fixed: Fixed, weights: dict[str, float]) -> None:
+    engine, ref, _, _ = fixed
+    with pytest.raises(XloomError) as failure:
+        engine.generate(PROMPT, ref, weights=weights)
+    assert failure.value.code == "invalid_weights"
+
+
+def test_weights_where_there_is_no_mixture_are_refused(served: tuple[Engine, Path]) -> None:
+    with pytest.raises(XloomError) as failure:
+        served[0].generate(PROMPT, weights={"code": 1.0})
+    assert failure.value.code == "invalid_weights"
+
+
+def test_all_kinds_in_one_batch_answer_as_each_alone(fixed: Fixed, served: tuple[Engine, Path]) -> None:
+    engine, ref, held, _ = fixed
+    folder = served[1]
+    arrow = engine.mixture("crowd-arrow", "arrow", held, folder / "crowd-arrow-prepared", top_k=2)
+    blend = engine.bundle("crowd-blend", tiny_bundle(folder / "crowd", engine.model, seed=3), folder / "crowd-prepared")
+    asked: list[tuple[AdapterRef | None, dict[str, float] | None]] = [(None, None), (arrow, None), (blend, None)]
+    asked += [(ref, {"code": 0.1 * number, "docs": 1 - 0.1 * number}) for number in range(12)]
+    asked += [(arrow, None), (ref, None), (None, None), (blend, None)]
+    prompts = [
+        [5 + (number * 31 + 7 * place) % 200 for place in range(20 + 5 * number)] for number in range(len(asked))
+    ]
+    alone = [engine.generate(prompt, ref, weights=w).tokens for prompt, (ref, w) in zip(prompts, asked, strict=True)]
+    started = [engine.start(prompt, ref, weights=w) for prompt, (ref, w) in zip(prompts, asked, strict=True)]
+    assert [answer.result(180).tokens for answer in started] == alone

@@ -22,13 +22,17 @@ from triton.compiler import ASTSource
 from vllm.lora.ops.triton_ops.lora_expand_op import _lora_expand_kernel
 from vllm.lora.ops.triton_ops.lora_shrink_op import _lora_shrink_kernel
 
+from xloom.mixtures.routing.inputs import MOST_ADAPTERS
+from xloom.vllm.plugin.gate_tables import ABSOLUTE, SIGMOID
 from xloom.vllm.plugin.gated_shrink import gated_shrink_kernel
+from xloom.vllm.plugin.input_gates import BLOCK_K, BLOCK_M, input_gates_kernel
 
 del triton.backends.backends["cpu"]  # it compiles nothing
 NUMBER, FLOAT = "i32", "fp32"
 # The arguments of each kernel that are neither numbers (i32) nor constants, by type.
 OURS = {"x": "*bf16", "out": "*fp32", "offsets": "*i32", "place": "*i64", "scaling": FLOAT}
 OURS |= dict.fromkeys(("tokens", "counts", "starts", "slots"), "*i32")
+INPUTS = OURS | {"routers": "*i64", "temperatures": "*fp32"}
 SHRINK = {"input_ptr": "*bf16", "out_ptr": "*fp32", "scaling": FLOAT}
 EXPAND = {"input_ptr": "*fp32", "out_ptr": "*bf16"}
 META = ("token_indices_sorted_by_lora_ids", "num_tokens_per_lora", "lora_token_start_loc", "lora_ids")
@@ -61,6 +65,8 @@ def variants(capability: int) -> list[tuple[Any, str, dict[str, Any], dict[str, 
             types |= dict.fromkeys(("ls_d0_ptr", "ls_d1_ptr", "ls_d2_ptr", "output_hs_ptr"), "*i64")
             types["slice_start_loc"] = "*u64"
         found.append((_lora_expand_kernel, f"{shape}-{slices}", expand, types))
+    blocks = {"BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "ADAPTERS": MOST_ADAPTERS, "ABSOLUTE": ABSOLUTE}
+    found.append((input_gates_kernel, "all", blocks | {"SIGMOID": SIGMOID, "x_column": 1}, INPUTS))
     return found
 
 

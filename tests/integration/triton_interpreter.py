@@ -35,6 +35,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from tests.integration.fake_gpu import DEVICE, DeviceError, FakeGPU, FakeTensor, held
 from tests.unit.vllm.plugin.routings import routing
+from xloom.mixtures.routing.arrow import ArrowRouting
+from xloom.mixtures.routing.inputs import InputRouting, with_absent
+from xloom.mixtures.routing.linear import LinearRouting
 from xloom.vllm.plugin import punica_gpu
 from xloom.vllm.plugin.gates import BATCH, SlotRouting
 from xloom.vllm.plugin.punica_gpu import GatedPunicaGPU
@@ -44,6 +47,7 @@ HALF = torch.float16  # what the kernels take
 NAMES = ["m.q_proj", "m.k_proj", "m.o_proj"]
 LINEARS = {"m.qkv_proj": ((32, 16), NAMES[:2]), "m.o_proj": ((48,), NAMES[2:])}  # widths of the slices, and their names
 PLAIN, PAIR, CROWD, THREE = 11, 12, 13, 14  # adapter ids; each has the slot of its place
+ARROW, LINEAR = CROWD, THREE  # in other benches
 PAIRED = [[(0, 4), (1, 8)], [(1, 8)], [(0, 4), (1, 8)]]  # the first adapter lacks k_proj
 CROWDED = [[(adapter, 1) for adapter in range(20)]] * 3
 THREEFOLD = [[(0, 8), (1, 8), (2, 16)]] * 2  # the bundle has no o_proj
@@ -109,7 +113,7 @@ class Bench:
         self.wrapper.update_metadata(mapping, self.manager.lora_index_to_id, SLOTS + 1, 100)
         if not isinstance(self.wrapper, GatedPunicaGPU) or not gates:
             return
-        for entry in BATCH.xlora():
+        for entry in BATCH.gated():
             assert entry.routing is not None
             count = int((self.ids == entry.adapter_id).sum())
             shape = (count, len(entry.routing.row), entry.routing.routing.num_adapters)
@@ -143,10 +147,66 @@ class Bench:
                 if bundle is not None and part in bundle.row:
                     number = bundle.row[part]
                     index = bundle.segments[number]
-                    shrunk[:, : len(index)] *= self.given[adapter][:, number][:, index]
+                    shrunk[:, : len(index)] *= self.gates(adapter, bundle, number, rows)[:, index]
                 wanted[rows, offset : offset + out] += shrunk @ held(b)[slot, 0].float().T
                 offset += out
         return wanted
+
+    def gates(self, adapter: int, bundle: SlotRouting, number: int, rows: torch.Tensor) -> torch.Tensor:
+        if bundle.inputs is None:
+            return self.given[adapter][:, number]
+        weight, bias = (held(each) for each in bundle.inputs.routers[number])
+        return bundle.inputs.gates_of(held(self.x)[rows].float() @ weight.T, bias)
+
+
+def of_inputs(kind: type[InputRouting], segments: list[list[tuple[int, int]]], **options: Any) -> SlotRouting:
+    """A mixture whose gates are made of the linears' inputs, on the fake device; each adapter of rank 4."""
+    generator = torch.Generator().manual_seed(5)
+    names, count = NAMES[: len(segments)], 1 + max(adapter for parts in segments for adapter, _ in parts)
+    routers = []
+    for parts in segments:
+        weight, bias = torch.randn(count, WIDTH, generator=generator) / 4, torch.randn(count, generator=generator)
+        bias = torch.zeros(count) if kind is ArrowRouting else bias
+        routers.append((FakeTensor(weight), FakeTensor(with_absent(bias, tuple(parts)))))
+    shared = {"num_adapters": count, "adapter_names": tuple(map(str, range(count))), "modules": tuple(names)}
+    return SlotRouting(kind(**shared, segments=tuple(map(tuple, segments)), routers=tuple(routers), **options))
+
+
+ARROWED = [[(0, 4), (1, 8), (2, 4)], [(1, 8), (2, 4)], [(0, 4), (2, 4)]]  # each linear lacks another adapter, or none
+LINEARLY = [[(adapter, 4) for adapter in range(5)]] * 2
+
+
+def check_inputs(gpu: FakeGPU) -> list[float]:
+    """Gates made of inputs beside given ones and none: one capture, replayed with other rows and other mixtures."""
+    bench = loaded(PLAIN, PAIR)
+    softmax = {"activation": "softmax", "temperature": 0.5}
+    mixtures = [
+        (
+            of_inputs(ArrowRouting, ARROWED, top_k=2, **softmax),
+            of_inputs(LinearRouting, LINEARLY, top_k=None, **softmax),
+        ),
+        (
+            of_inputs(LinearRouting, LINEARLY, top_k=2, activation="sigmoid", temperature=2.0),
+            of_inputs(ArrowRouting, ARROWED, top_k=1, **softmax),
+        ),
+    ]
+    errors = []
+    replay = None
+    for arrow, linear in mixtures:
+        for adapter, mixture in ((ARROW, arrow), (LINEAR, linear)):
+            bench.manager.load(adapter, mixture)
+            bench.wrapper.reserve(mixture)
+        for ids in (MIXED, [ARROW] * 18 + [LINEAR] * 3 + [0, PLAIN], [0, LINEAR, PAIR, ARROW] * 3):
+            bench.step(ids)
+            if replay is None:
+                bench.forward(MAX_TOKENS)
+                bench.step(ids)
+                with gpu.capture() as replay:
+                    bench.forward(MAX_TOKENS)
+                bench.step(ids)
+            replay()
+            errors.append(bench.error())
+    return errors
 
 
 def bundles() -> tuple[SlotRouting, SlotRouting, SlotRouting]:
@@ -201,7 +261,7 @@ def check_invariant(gpu: FakeGPU) -> bool:
         x, y, gates = held(bench.x)[:3].clone(), bench.before["m.o_proj"][:3].clone(), bench.given[PAIR]
         bench.step([PLAIN] * 20 + [PAIR] * 3)
         held(bench.x)[20:23], held(bench.y["m.o_proj"])[20:23] = x, y
-        [entry] = BATCH.xlora()
+        [entry] = BATCH.gated()
         bench.wrapper.set_gates(entry, FakeTensor(gates))
         bench.forward(23)
         return torch.equal(held(bench.y["m.o_proj"])[20:23], alone)
@@ -308,7 +368,7 @@ def check_wrong_gates(gpu: FakeGPU) -> list[str]:
     """Gates of another shape, and gates on the host, are refused."""
     bench = loaded(PLAIN, PAIR)
     bench.step([PLAIN, PAIR, PAIR])
-    [entry] = BATCH.xlora()
+    [entry] = BATCH.gated()
     refused = []
     for gates in (FakeTensor(torch.ones(2, 3, 3)), FakeTensor(torch.ones(1, 3, 2)), torch.ones(2, 3, 2)):
         try:
@@ -374,6 +434,7 @@ def main() -> None:
         "same id anew": check_same_id_anew,
         "wrong gates": check_wrong_gates,
         "strict": check_strict,
+        "of inputs": check_inputs,
     }
     # vLLM's own module took its lookup at import, and gets the same.
     lora_shrink_op.get_lora_op_configs = lambda op, **of: utils.get_lora_op_configs(op, **of)

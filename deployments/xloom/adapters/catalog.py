@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -21,11 +21,11 @@ from xloom.adapters.companions import fetch_companions
 from xloom.adapters.manifest import Entry, Manifest, ManifestFile, folder_generation, generation_of, read_files
 from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
-from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_number
+from xloom.protocol import NO_OVERRIDES, Blend, Overrides, XloomError, adapter_number
 from xloom.storage.durable import sync, sync_tree
 
 if TYPE_CHECKING:
-    from xloom.mixtures.prepare import Prepared
+    from xloom.mixtures.stacking import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,15 @@ class AdapterCatalog:
         verify: bool = False,
         configured: bool = False,
         rules: SourceRules | None = None,
+        blend: Blend | None = None,
     ) -> Entry:
         """Take an adapter or bundle in (`kind` None: whichever it is). Raises `XloomError` and changes nothing.
 
         Adding what is there already changes nothing; other content under the same name is adapter_exists
         unless `replace`.
         """
-        with self.stage(name, source, kind, overrides, verify=verify, configured=configured, rules=rules) as staged:
+        flags = {"verify": verify, "configured": configured}
+        with self.stage(name, source, kind, overrides, **flags, rules=rules, blend=blend) as staged:
             return self.commit(staged, replace=replace, max_rank=max_rank)
 
     @contextmanager
@@ -119,10 +121,12 @@ class AdapterCatalog:
         verify: bool = False,
         configured: bool = False,
         rules: SourceRules | None = None,
+        blend: Blend | None = None,
     ) -> Iterator[Staged]:
         """Fetch, check and prepare a source; what is not committed within the block is deleted.
 
-        `rules` None: any source, for the settings' own and for commands of this machine's user.
+        `rules` None: any source, for the settings' own and for commands of this machine's user. A `blend` is a mixture
+        of adapters, whose own sources are read instead.
         """
         check_name(name, self._reserved)
         scratch = self._incoming / uuid.uuid4().hex
@@ -130,12 +134,15 @@ class AdapterCatalog:
         fetched = scratch / "source" / "fetched"  # what a bundle names as ../x comes to lie in `source`
         prepared.mkdir(parents=True)
         try:
-            sources.fetch(source, fetched, rules)
-            with _speaking_of(source, fetched):
-                found = sources.adapter_folder(fetched, source)
-                kind = detect_kind(found, source, kind)
-                check_overrides(kind, overrides)
-                result = self._prepare(source, fetched, found, kind, overrides, prepared, rules)
+            if blend is not None:
+                kind, result = blend.routing, self._mix(blend, scratch / "source", prepared, rules)
+            else:
+                sources.fetch(source, fetched, rules)
+                with _speaking_of(source, fetched):
+                    found = sources.adapter_folder(fetched, source)
+                    kind = detect_kind(found, source, kind)
+                    check_overrides(kind, overrides)
+                    result = self._prepare(source, fetched, found, kind, overrides, prepared, rules)
             entry = Entry(
                 name=name,
                 kind=kind,
@@ -148,12 +155,30 @@ class AdapterCatalog:
                 added_at=time.time(),
                 verify=verify,
                 configured=configured,
+                blend=blend,
             )
             yield Staged(entry, prepared, rules)
         except OSError as error:
             raise _unwritable(self._prepared.parent, error) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _mix(self, blend: Blend, scratch: Path, out: Path, rules: SourceRules | None) -> Prepared:
+        from xloom.mixtures.base_weights import BaseWeights
+        from xloom.mixtures.prepare_mixture import prepare_mixture
+
+        folders, spoken = {}, ExitStack()
+        with spoken:
+            for number, (name, source) in enumerate(blend.adapters.items()):
+                fetched = scratch / str(number)
+                sources.fetch(source, fetched, rules)
+                spoken.enter_context(_speaking_of(source, fetched))
+                folders[name] = sources.adapter_folder(fetched, source)
+                detect_kind(folders[name], source, "lora")
+            base = base_shape(*self._base)
+            with self._preparing:
+                weights = BaseWeights(*self._base)
+                return prepare_mixture(blend, folders, base.modules, out, max_rank=self._max_rank, base=weights)
 
     def _prepare(
         self,
@@ -168,6 +193,7 @@ class AdapterCatalog:
         # Imported here: without torch a store that has crashed is back in half the time.
         from xloom.mixtures.base_weights import BaseWeights
         from xloom.mixtures.prepare import prepare_bundle, prepare_lora
+        from xloom.mixtures.prepare_mixture import prepare_linear
 
         base, weights = base_shape(*self._base), BaseWeights(*self._base)
         if kind == "lora":
@@ -176,6 +202,11 @@ class AdapterCatalog:
         if found != fetched:
             source = f"{source.rstrip('/')}/{found.relative_to(fetched).as_posix()}"
         fetch_companions(source, found, rules or SourceRules())
+        if kind == "linear":
+            with self._preparing:
+                return prepare_linear(
+                    found, base.modules, out, max_rank=self._max_rank, root=fetched.parent, base=weights
+                )
         with self._preparing:
             return prepare_bundle(
                 found,
@@ -198,10 +229,10 @@ class AdapterCatalog:
         Raises `XloomError`: adapter_exists, adapter_number_taken, rank_too_large, unsupported_by_backend.
         """
         entry = staged.entry
-        if entry.kind == "xlora" and not mixtures:
+        if entry.ref.is_mixture and not mixtures:
             raise XloomError(
                 "unsupported_by_backend",
-                f"{entry.name!r} is an X-LoRA bundle, and these engines were started without mixtures.",
+                f"{entry.name!r} is a mixture, and these engines were started without mixtures.",
                 "Set engine.enable_xlora: true, with engine.backend vllm or transformers, and start again.",
             )
         if max_rank is not None and entry.rank > max_rank:
@@ -337,7 +368,8 @@ class AdapterCatalog:
             raise _no_generation(generation)
         try:
             rules = self._rules.get(entry.key)
-            with self.stage(entry.name, entry.source, entry.kind, entry.overrides, rules=rules) as staged:
+            stage = self.stage(entry.name, entry.source, entry.kind, entry.overrides, rules=rules, blend=entry.blend)
+            with stage as staged:
                 if staged.entry.generation != generation:
                     raise _damaged(generation, f"damaged on disk, and {entry.source!r} has other content by now")
                 with self._changing:

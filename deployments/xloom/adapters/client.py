@@ -21,7 +21,7 @@ from xloom.adapters.residency import Refusal, ReplicaReport
 from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.store import AdapterStore
 from xloom.deadline import limited
-from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
+from xloom.protocol import NO_OVERRIDES, Blend, Overrides, XloomError
 from xloom.settings import LogSettings
 
 logger = logging.getLogger(__name__)
@@ -68,10 +68,11 @@ class StoreClient:
         configured: bool = False,
         mixtures: bool = True,
         rules: SourceRules | None = None,
+        blend: Blend | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add` and `.commit`."""
         limit_s = max(_ADD_S, rules.limits.seconds + _PREPARE_S) if rules is not None else _ADD_S
-        arguments = (name, source, kind, overrides, replace, max_rank, verify, configured, mixtures, rules)
+        arguments = (name, source, kind, overrides, replace, max_rank, verify, configured, mixtures, rules, blend)
         return cast(Entry, await self._change("add", *arguments, limit_s=limit_s))
 
     async def remove(self, name: str) -> Entry | None:

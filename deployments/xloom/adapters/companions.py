@@ -22,7 +22,8 @@ def fetch_companions(source: str, folder: Path, rules: SourceRules) -> None:
     """
     from xloom.mixtures.files import read_json
 
-    file = folder / ("xlora_config.json" if (folder / "xlora_config.json").is_file() else "adapter_config.json")
+    names = ("router_config.json", "xlora_config.json", "adapter_config.json")
+    file = next((folder / name for name in names if (folder / name).is_file()), folder / names[-1])
     config = read_json(file, "broken_bundle")
     adapters, trained = config.get("adapters"), bool(config.get("use_trainable_adapters", False))
     if not isinstance(adapters, dict):

@@ -13,7 +13,7 @@ _PIECE = 2**20  # bytes
 _MOST_HEADER = 16 * 2**20  # bytes: some hundred for each tensor. It is read whole, as JSON
 _MOST_JSON = 64 * 2**20  # bytes: a tokenizer's, which is copied and no more
 _MOST_READ = 4 * 2**20  # bytes: what is read whole, later on
-_READ = ("adapter_config.json", "xlora_config.json", ".index.json")
+_READ = ("adapter_config.json", "xlora_config.json", "router_config.json", ".index.json")
 
 
 class Readable(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from xloom.protocol import NO_OVERRIDES, AdapterRef, Overrides, XloomError
+from xloom.protocol import NO_OVERRIDES, AdapterRef, Blend, Overrides, XloomError
 from xloom.storage.durable import sync, write_synced
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class Entry(msgspec.Struct, frozen=True):
     """One adapter or bundle, prepared and ready to be fetched."""
 
     name: str
-    kind: str  # "lora" or "xlora"
+    kind: str  # "lora", or a mixture's routing
     generation: str  # `generation_of` its prepared files
     rank: int  # of a bundle: the largest sum of its adapters' ranks over the modules
     targets: tuple[str, ...]  # kinds of module: q_proj, down_proj...
@@ -32,6 +32,7 @@ class Entry(msgspec.Struct, frozen=True):
     added_at: float = 0.0  # seconds since the epoch
     verify: bool = False  # whether a replica has to prove it before it serves it
     configured: bool = False  # named by a settings file, which takes it out again when it names it no more
+    blend: Blend | None = None  # of a mixture of adapters: what it is made of
 
     @property
     def ref(self) -> AdapterRef:

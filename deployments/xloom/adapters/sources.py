@@ -95,7 +95,7 @@ def adapter_folder(fetched: Path, source: str) -> Path:
 
     Raises `XloomError` (source_not_found) where several do.
     """
-    names = ("adapter_config.json", "xlora_config.json")
+    names = ("adapter_config.json", "xlora_config.json", "router_config.json")
     if any((fetched / name).is_file() for name in names):
         return fetched
     found = {file.parent for name in names for file in fetched.rglob(name)}

@@ -21,7 +21,7 @@ from xloom.adapters.source_rules import SourceRules
 from xloom.observability import table
 from xloom.observability.logs import configure
 from xloom.observability.recorder import RECORDER
-from xloom.protocol import NO_OVERRIDES, Overrides, XloomError, adapter_key
+from xloom.protocol import KINDS, NO_OVERRIDES, Blend, Overrides, XloomError, adapter_key
 from xloom.settings import forget_keys
 from xloom.watchdog import Watchdog
 
@@ -91,6 +91,7 @@ class AdapterStore:
         configured: bool = False,
         mixtures: bool = True,
         rules: SourceRules | None = None,
+        blend: Blend | None = None,
         expires_at: float | None = None,
     ) -> Entry:
         """Take an adapter or bundle in; see `AdapterCatalog.add` and `.commit`.
@@ -101,7 +102,8 @@ class AdapterStore:
         catalog = await self._catalog()
         with _counted("add", catalog):
             async with self._staging:
-                stage = catalog.stage(name, source, kind, overrides, verify=verify, configured=configured, rules=rules)
+                flags = {"verify": verify, "configured": configured}
+                stage = catalog.stage(name, source, kind, overrides, **flags, rules=rules, blend=blend)
                 staged = await asyncio.to_thread(stage.__enter__)
                 try:
                     async with self._committing:
@@ -338,6 +340,6 @@ def _count_fetch(outcome: str, size: int) -> None:
 
 def _show(catalog: AdapterCatalog) -> None:
     kinds = [entry.kind for entry in catalog.entries()]
-    for kind in ("lora", "xlora"):
+    for kind in KINDS:
         RECORDER.set(table.STORE_ENTRIES, kinds.count(kind), kind=kind)
     RECORDER.set(table.STORE_VERSION, catalog.version)

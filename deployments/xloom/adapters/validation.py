@@ -54,14 +54,18 @@ def check_name(name: str, reserved: Collection[str]) -> None:
 
 
 def detect_kind(folder: Path, source: str, wanted: str | None) -> str:
-    """What a folder is, "xlora" or "lora". Raises `XloomError` (wrong_kind) when `wanted` is the other."""
-    from xloom.mixtures.bundle import is_bundle
+    """What a folder is, "lora", "xlora" or "linear". Raises `XloomError` (wrong_kind) when `wanted` is another.
 
-    found = "xlora" if is_bundle(folder) else "lora"
-    if wanted not in (None, "lora", "xlora"):
-        raise XloomError("wrong_kind", f"There is no adapter kind {wanted!r}.", "Kinds are lora and xlora.")
-    if wanted is not None and wanted != found:
-        names = {"lora": "a LoRA adapter", "xlora": "an X-LoRA bundle"}
+    A learned linear router is a bundle as well: it may stand where bundles are listed.
+    """
+    from xloom.mixtures.bundle import is_bundle
+    from xloom.mixtures.linear_router import is_linear_router
+
+    found = "linear" if is_linear_router(folder) else "xlora" if is_bundle(folder) else "lora"
+    if wanted not in (None, "lora", "xlora", "linear"):
+        raise XloomError("wrong_kind", f"There is no adapter kind {wanted!r}.", "Kinds are lora, xlora and linear.")
+    if wanted is not None and wanted != found and (wanted, found) != ("xlora", "linear"):
+        names = {"lora": "a LoRA adapter", "xlora": "an X-LoRA bundle", "linear": "a learned linear router"}
         raise XloomError(
             "wrong_kind",
             f"The source {source!r} is {names[found]}, not {names[wanted]}.",
@@ -71,10 +75,11 @@ def detect_kind(folder: Path, source: str, wanted: str | None) -> str:
 
 
 def check_overrides(kind: str, overrides: Overrides) -> None:
-    """Refuse routing overrides on a plain adapter. Raises `XloomError` (invalid_override)."""
-    if kind == "lora" and overrides != Overrides():
+    """Refuse X-LoRA's routing overrides on what is none. Raises `XloomError` (invalid_override)."""
+    if kind != "xlora" and overrides != Overrides():
+        what = "a LoRA adapter" if kind == "lora" else "a learned linear router"
         raise XloomError(
             "invalid_override",
-            f"{', '.join(Overrides.__struct_fields__)} are for X-LoRA bundles; this is a LoRA adapter.",
+            f"{', '.join(Overrides.__struct_fields__)} are for X-LoRA bundles; this is {what}.",
             "Leave them out.",
         )

@@ -90,18 +90,21 @@ def chosen(settings: Settings, only: Sequence[str] | None) -> Settings:
     """The settings with the named adapters and mixtures alone. Raises `XloomError` (model_not_found)."""
     if not only:
         return settings
-    known = [entry.name for entry in (*settings.adapters, *settings.xlora)]
+    known = settings.names
     for name in only:
         if name not in known:
             names = ", ".join(known) or "none"
             raise XloomError("model_not_found", f"The settings have no adapter or mixture {name!r}.", f"Known: {names}")
+    mixtures = [entry for entry in settings.mixtures if entry.name in only]
+    mixed = {name for entry in mixtures for name in entry.adapters}
     # Ready for mixtures as the whole deployment is: with them left out it might be another engine.
     engine = settings.engine.model_copy(update={"enable_xlora": settings.xlora_enabled})
     return settings.model_copy(
         update={
             "engine": engine,
-            "adapters": [entry for entry in settings.adapters if entry.name in only],
+            "adapters": [entry for entry in settings.adapters if entry.name in only or entry.name in mixed],
             "xlora": [entry for entry in settings.xlora if entry.name in only],
+            "mixtures": mixtures,
         }
     )
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from xloom.adapters.catalog import AdapterCatalog
+from xloom.adapters.wanted import wanted
 from xloom.app import lora_rank, own_rules
 from xloom.engines.base import LLMBackend
 from xloom.engines.registry import backend_for
-from xloom.protocol import Overrides, XloomError
+from xloom.protocol import XloomError
 from xloom.settings import Settings
 from xloom.verification.engine import Ask, reading
 from xloom.verification.judgement import Expected, Finding, Observed, judge
@@ -99,13 +100,12 @@ class DeploymentCheck:
             settings.model.revision,
         )
         entries = []
-        for adapter in settings.adapters:
-            self._progress(f"Preparing {adapter.name}")
-            entries.append(catalog.add(adapter.name, adapter.location, "lora", rules=own_rules(settings)))
-        for bundle in settings.xlora:
-            self._progress(f"Preparing {bundle.name}")
-            overrides = Overrides.of(bundle)
-            entries.append(catalog.add(bundle.name, bundle.location, "xlora", overrides, rules=own_rules(settings)))
+        for each in wanted(settings):
+            self._progress(f"Preparing {each.name}")
+            rules = own_rules(settings)
+            entries.append(
+                catalog.add(each.name, each.source, each.kind, each.overrides, rules=rules, blend=each.blend)
+            )
         self._rank = lora_rank(settings, tuple(entries))
         return [Target(entry.ref, folder / "prepared" / entry.generation) for entry in entries]
 
@@ -137,7 +137,7 @@ class DeploymentCheck:
         asked = [self._prompter.random(1000 + number) for number in range(rows)]
         served = [target for target in targets if target.name in observed.alone]
         adapter = next((target.ref for target in served if target.ref.kind == "lora"), None)
-        mixture = next((target.ref for target in served if target.ref.kind == "xlora"), None)
+        mixture = next((target.ref for target in served if target.ref.is_mixture), None)
         longest = engine.max_model_len
         return await measure(ask, asked, adapter, mixture, rows=rows, longest=longest, progress=self._progress)
 

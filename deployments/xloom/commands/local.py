@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from xloom.adapters.catalog import AdapterCatalog
+from xloom.adapters.wanted import wanted
 from xloom.app import own_rules
 from xloom.commands.detokeniser import Detokeniser
 from xloom.commands.text_model import Answer, Message, Options, TextModel
 from xloom.engines.base import LLMBackend
 from xloom.engines.registry import backend_for, lacking, load_backend, names
-from xloom.protocol import NO_OVERRIDES, AdapterRef, Overrides, TokenChunk, TokenRequest, XloomError
+from xloom.protocol import AdapterRef, TokenChunk, TokenRequest, XloomError
 from xloom.settings import Settings
 
 PREFERRED = "transformers"  # in one process; a server prefers paging
@@ -42,8 +43,9 @@ class LocalModel(TextModel):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         base = settings.model.served_name
-        self.names = [base, *(entry.name for entry in (*settings.adapters, *settings.xlora))]
-        self.default = settings.xlora[0].name if settings.xlora else base
+        self.names = [base, *settings.names]
+        mixtures = [*(entry.name for entry in settings.xlora), *(entry.name for entry in settings.mixtures)]
+        self.default = mixtures[0] if mixtures else base
         self._kind = local_backend(settings)
         self._backend: LLMBackend | None = None
         self._refs: dict[str, AdapterRef | None] = {base: None}
@@ -158,13 +160,9 @@ class LocalModel(TextModel):
             [settings.model.served_name],
             settings.model.revision,
         )
-        bundle = next((entry for entry in settings.xlora if entry.name == name), None)
-        if bundle is not None:
-            overrides = Overrides.of(bundle)
-            entry = catalog.add(name, bundle.location, "xlora", overrides, rules=own_rules(settings))
-        else:
-            source = next(entry.location for entry in settings.adapters if entry.name == name)
-            entry = catalog.add(name, source, "lora", NO_OVERRIDES, rules=own_rules(settings))
+        each = next(entry for entry in wanted(settings) if entry.name == name)
+        rules = own_rules(settings)
+        entry = catalog.add(name, each.source, each.kind, each.overrides, rules=rules, blend=each.blend)
         self._call(backend.add_adapter(entry.ref, folder / "prepared" / entry.generation))
         return entry.ref
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from xloom.commands.endpoint import Endpoint
 from xloom.commands.text_model import Answer, Message, Options, TextModel
-from xloom.protocol import XloomError
+from xloom.protocol import MIXTURES, XloomError
 
 
 class RemoteModel(TextModel):
@@ -21,8 +21,8 @@ class RemoteModel(TextModel):
             cure = "Is this the URL of an OpenAI-compatible endpoint?"
             raise XloomError("not_an_xloom_endpoint", f"{endpoint.url} lists no models.", cure)
         self.names = [str(card["id"]) for card in cards]
-        bundles = [name for name, card in zip(self.names, cards, strict=True) if card.get("kind") == "xlora"]
-        self.default = bundles[0] if bundles else self.names[0]
+        mixtures = [name for name, card in zip(self.names, cards, strict=True) if card.get("kind") in MIXTURES]
+        self.default = mixtures[0] if mixtures else self.names[0]
 
     def prepare(self, model: str) -> None:
         """The endpoint has it ready."""

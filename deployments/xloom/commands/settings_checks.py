@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.adapters.source_rules import is_local
+from xloom.adapters.wanted import Wanted, wanted
 from xloom.app import own_rules
 from xloom.commands.checks import Finding
 from xloom.preflight import refusals
-from xloom.protocol import Overrides, XloomError, some_of
+from xloom.protocol import XloomError, some_of
 from xloom.router.exposure import is_loopback
-from xloom.settings import AdapterSettings, RouterSettings, Settings, XLoraSettings
+from xloom.settings import RouterSettings, Settings
 
 if TYPE_CHECKING:
     from xloom.adapters.catalog import AdapterCatalog
@@ -70,7 +71,7 @@ def check_keys(router: RouterSettings) -> list[Finding]:
 
 def check_adapters(settings: Settings) -> list[Finding]:
     """Take in each adapter and bundle that lies on this machine, as the store would, and forget it again."""
-    entries: list[AdapterSettings] = [*settings.adapters, *settings.xlora]
+    entries = wanted(settings)
     if not entries:
         return []
     try:
@@ -89,19 +90,21 @@ def check_adapters(settings: Settings) -> list[Finding]:
             Path(folder), base.source, settings.store.max_rank, [base.served_name], base_revision=base.revision
         )
         for entry in entries:
-            if is_local(entry.location):
-                found.append(_check_adapter(settings, catalog, entry))
+            places = [entry.source] if entry.blend is None else entry.blend.adapters.values()
+            away = [place for place in places if not is_local(place)]
+            if away:
+                found.append(Finding(f"adapter {entry.name}", "ok", f"not looked at: {away[0]} is not here"))
             else:
-                found.append(Finding(f"adapter {entry.name}", "ok", f"not looked at: {entry.location} is not here"))
+                found.append(_check_adapter(settings, catalog, entry))
     return found
 
 
-def _check_adapter(settings: Settings, catalog: AdapterCatalog, entry: AdapterSettings) -> Finding:
-    kind = "xlora" if isinstance(entry, XLoraSettings) else "lora"
-    check = f"{'bundle' if kind == 'xlora' else 'adapter'} {entry.name}"
-    overrides = Overrides.of(entry) if kind == "xlora" else Overrides()
+def _check_adapter(settings: Settings, catalog: AdapterCatalog, entry: Wanted) -> Finding:
+    what = "mixture" if entry.blend else "bundle" if entry.kind == "xlora" else "adapter"
+    check, rules = f"{what} {entry.name}", own_rules(settings)
+    stage = catalog.stage(entry.name, entry.source, entry.kind, entry.overrides, rules=rules, blend=entry.blend)
     try:
-        with catalog.stage(entry.name, entry.location, kind, overrides, rules=own_rules(settings)) as staged:
+        with stage as staged:
             rank, limit = staged.entry.rank, settings.engine.max_lora_rank
             if limit != "auto" and rank > limit:
                 raise XloomError(
@@ -114,5 +117,5 @@ def _check_adapter(settings: Settings, catalog: AdapterCatalog, entry: AdapterSe
         return failed(check, error)
     except Exception as error:  # whatever a damaged file makes of its readers: the other findings count as well
         return Finding(
-            check, "fail", f"{entry.location} can't be read: {type(error).__name__}: {error}", "Save it again."
+            check, "fail", f"{entry.source} can't be read: {type(error).__name__}: {error}", "Save it again."
         )

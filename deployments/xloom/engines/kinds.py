@@ -17,12 +17,12 @@ def check_kind(backend: type[Any], ref: AdapterRef, folder: Path) -> None:
 
     `backend` is an `LLMBackend`, whose module imports this one. Raises `XloomError` (unsupported_by_backend).
     """
-    if ref.kind != "xlora":
+    if not ref.is_mixture:
         return
     can, device = backend.capabilities(), backend.device()
     if device not in can.xlora:
         where = f" on {device}" if can.xlora else ""
-        raise _unsupported(f"{ref.name!r} is an X-LoRA bundle, which the engine's backend can't serve{where}.")
+        raise _unsupported(f"{ref.name!r} is a mixture, which the engine's backend can't serve{where}.")
     file = folder / XLORA_FILE
     if can.single_pass or not file.is_file():
         return

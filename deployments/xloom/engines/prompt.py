@@ -1,10 +1,10 @@
-"""What every engine asks of a prompt before it takes it."""
+"""What every engine asks of a request before it takes it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xloom.protocol import XloomError
+from xloom.protocol import TokenRequest, XloomError
 
 
 def check_prompt(prompt: Sequence[int], *, vocabulary: int, max_model_len: int) -> None:
@@ -19,3 +19,10 @@ def check_prompt(prompt: Sequence[int], *, vocabulary: int, max_model_len: int) 
         raise XloomError(
             "invalid_token", f"The prompt holds a token outside 0 to {vocabulary - 1}.", "Check the tokenizer."
         )
+
+
+def no_weights(request: TokenRequest) -> XloomError:
+    """The error of a request with weights that nothing in this engine has a use for."""
+    name = "the base model" if request.adapter is None else repr(request.adapter.name)
+    cure = "Leave the weights out, or ask for a mixture with routing fixed."
+    return XloomError("invalid_weights", f"Weights were sent, and {name} takes none here.", cure)

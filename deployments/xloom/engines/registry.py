@@ -60,8 +60,8 @@ def lacking(backend: type[LLMBackend], settings: Settings) -> list[str]:
     """What a deployment asks for that a backend can't do on its device here."""
     can, device = backend.capabilities(), backend.device()
     found = []
-    if settings.xlora and not settings.xlora_enabled:
-        found.append("the bundles under xlora with engine.enable_xlora: false")
+    if (settings.xlora or settings.mixtures) and not settings.xlora_enabled:
+        found.append("the bundles under xlora and the mixtures with engine.enable_xlora: false")
     if settings.xlora_enabled and device not in can.xlora:
         found.append(f"X-LoRA on {device}" if can.xlora else "X-LoRA")
     if any(bundle.routing_passes == 1 for bundle in settings.xlora) and not can.single_pass:

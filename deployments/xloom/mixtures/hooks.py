@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from xloom.mixtures.lora import read_lora
 from xloom.mixtures.mixing import gated_delta, rank_gates
-from xloom.mixtures.options import XLORA_FILE
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.base import Routing
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.routing.inputs import InputRouting
+from xloom.mixtures.routing.registry import load_routing, read_description
+from xloom.mixtures.routing.xlora import XLoraRouting
 from xloom.protocol import XloomError
 
 _OPEN = torch.ones(())  # the gate of a plain adapter; without dimensions it multiplies on any device, in any dtype
@@ -22,12 +25,28 @@ _OPEN = torch.ones(())  # the gate of a plain adapter; without dimensions it mul
 
 @dataclass(frozen=True)
 class GatedModule:
-    """One linear's A `[R, in]` and B `[out, R]`, its scale in B; in a bundle also where its gates are."""
+    """One linear's A `[R, in]` and B `[out, R]`, its scale in B; in a mixture also where its gates are."""
 
     a: Tensor
     b: Tensor
     index: int = 0  # the module's row in the gates
     columns: Tensor | None = None  # [R]: the adapter whose gate each rank takes
+    constant: Tensor | None = None  # [K]: the gates of a mixture of constants, where a span has none
+    router: InputRouting | None = None  # what makes the gates of x
+
+    def gate(self, x: Tensor, given: Tensor | None) -> Tensor:
+        """What multiplies A x for `x [..., num_rows, in]`; `given [num_rows, M, K]` are the span's gates."""
+        if self.columns is None:
+            return _OPEN
+        if self.router is not None:
+            gates = self.router.gates(self.index, x)
+        elif given is not None:
+            gates = given[:, self.index]
+        elif self.constant is not None:
+            gates = self.constant
+        else:
+            return _OPEN
+        return gates.index_select(-1, self.columns).to(self.a.dtype)
 
 
 @dataclass(frozen=True)
@@ -35,26 +54,31 @@ class Adapter:
     """A prepared adapter, or a prepared bundle stacked into one, ready to run."""
 
     modules: Mapping[str, GatedModule]
-    routing: Routing | None  # of a bundle
+    routing: XLoraRouting | None  # of an X-LoRA bundle: its spans need gates
     name: str = ""  # with its generation; for figures
+    mixture: Routing | None = None  # of a mixture of any kind
 
     @classmethod
     def load(cls, prepared: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Adapter:
         """Read a prepared folder; `dtype` None keeps its own. Raises `XloomError` as `read_lora` does."""
         weights = read_lora(prepared)
-        routing = Routing.load(prepared).to(device) if (prepared / XLORA_FILE).is_file() else None
+        routing = load_routing(prepared).to(device) if read_description(prepared) else None
         places = {name: number for number, name in enumerate(routing.modules)} if routing else {}
         modules = {}
         for name, (a, b) in weights.tensors.items():
             kind = dtype or b.dtype
             if (scale := weights.scale(name)) != 1:
                 b = b.float() * scale
-            columns = None
+            columns = constant = None
+            if isinstance(routing, FixedRouting):
+                constant = routing.gates()[0].to(device)
             if routing is not None:
                 adapters = torch.arange(routing.num_adapters, device=device)
                 columns = rank_gates(adapters, routing.segments[places[name]])
-            modules[name] = GatedModule(a.to(device, kind), b.to(device, kind), places.get(name, 0), columns)
-        return cls(modules, routing)
+            router = routing if isinstance(routing, InputRouting) else None
+            matrices = a.to(device, kind), b.to(device, kind)
+            modules[name] = GatedModule(*matrices, places.get(name, 0), columns, constant, router)
+        return cls(modules, routing if isinstance(routing, XLoraRouting) else None, mixture=routing)
 
     def check(self, linears: Mapping[str, nn.Module]) -> None:
         """Hold the adapter against the model's modules. Raises `XloomError` (wrong_base)."""
@@ -96,11 +120,9 @@ def _hook(name: str, spans: Sequence[Span]) -> Any:
     def add(linear: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
         for span in spans:
             module = span.adapter.modules[name]
-            gate = _OPEN
-            if span.gates is not None and module.columns is not None:
-                gate = span.gates[:, module.index].index_select(-1, module.columns).to(module.a.dtype)
-            x = args[0][..., span.rows, :].to(module.a.dtype)
-            result[..., span.rows, :] += gated_delta(x, module.a, module.b, gate).to(result.dtype)
+            x = args[0][..., span.rows, :]
+            gate = module.gate(x, span.gates)
+            result[..., span.rows, :] += gated_delta(x.to(module.a.dtype), module.a, module.b, gate).to(result.dtype)
         return result
 
     return add

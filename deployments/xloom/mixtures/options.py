@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-XLORA_FILE = "xlora.json"  # of a prepared bundle: its routing, with these options
+XLORA_FILE = "xlora.json"  # of a prepared mixture of any kind: its routing
+ROUTER_FILE = "xlora_router.safetensors"  # of a prepared mixture: what its routing is made with, if anything
+FORMAT = 1  # of both
 MIXING_MODES = ("additive", "concatenate", "gated")
 PASSES = (1, 2)
 PREFILLS = ("exact", "lagged")

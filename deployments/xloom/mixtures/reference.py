@@ -1,12 +1,12 @@
-"""X-LoRA over any Hugging Face causal model from a prepared bundle, in plain torch: slow, and what tests compare with.
+"""Mixtures over any Hugging Face causal model from a prepared folder, in plain torch: slow; what tests compare with.
 
-Two full passes over the whole sequence for every token, as in PEFT; also the mixing modes PEFT lacks, and routing in
-one pass (`single_pass`).
+X-LoRA takes two full passes over the whole sequence for every token, as in PEFT; also the mixing modes PEFT lacks, and
+routing in one pass (`single_pass`). The other kinds take one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from xloom.mixtures.hooks import Adapter, Span, adapted
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.fixed import FixedRouting, checked_weights
+from xloom.mixtures.routing.xlora import XLoraRouting
 from xloom.mixtures.single_pass import segment_end
 from xloom.protocol import XloomError
 
@@ -26,7 +27,7 @@ class Reference:
 
     model: nn.Module
     bundle: Adapter
-    routing: Routing
+    routing: XLoraRouting
     device: torch.device | str = "cpu"
 
     @classmethod
@@ -34,7 +35,7 @@ class Reference:
         """Read a prepared bundle for `model`. Raises `XloomError`."""
         bundle = Adapter.load(prepared)
         if bundle.routing is None:
-            raise XloomError("broken_bundle", f"{prepared} is a plain adapter.", "Give a prepared bundle.")
+            raise XloomError("broken_bundle", f"{prepared} is no X-LoRA bundle.", "Give a prepared bundle.")
         return cls(model, bundle, bundle.routing)
 
     def _mixed(self, gates: Tensor) -> AbstractContextManager[None]:
@@ -90,6 +91,42 @@ class Reference:
         for _ in range(n):
             gates = self.gates(ids, len(prompt_ids), gates)
             ids.append(int(self._logits(ids, gates)[-1].argmax()))
+        return ids[len(prompt_ids) :]
+
+
+@dataclass(frozen=True)
+class OnePassReference:
+    """A model and a prepared mixture of a kind that takes one row a token, or a plain adapter, on it."""
+
+    model: nn.Module
+    mixture: Adapter
+    gates: Tensor | None = None  # [1, M, K] in place of a fixed mixture's own
+
+    @classmethod
+    def load(cls, model: nn.Module, prepared: Path, weights: Mapping[str, float] | None = None) -> OnePassReference:
+        """Read a prepared folder for `model`; `weights` are a request's. Raises `XloomError`."""
+        mixture = Adapter.load(prepared)
+        if mixture.routing is not None:
+            raise XloomError("broken_bundle", f"{prepared} is an X-LoRA bundle.", "See Reference.")
+        if weights is None:
+            return cls(model, mixture)
+        if not isinstance(mixture.mixture, FixedRouting):
+            raise XloomError("invalid_weights", f"{prepared} is no mixture of constants.", "Leave the weights out.")
+        given = checked_weights(weights, mixture.mixture.adapter_names, str(prepared))
+        return cls(model, mixture, mixture.mixture.gates(given)[None])
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """The logits `[num_tokens, vocab]` of one prompt."""
+        with adapted(dict(self.model.named_modules()), [Span(slice(None), self.mixture, self.gates)]):
+            logits: Tensor = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return logits
+
+    def greedy(self, prompt_ids: Sequence[int], n: int) -> list[int]:
+        """The next `n` greedy tokens after the prompt, end-of-text ignored."""
+        ids = list(prompt_ids)
+        for _ in range(n):
+            ids.append(int(self.logits(ids)[-1].argmax()))
         return ids[len(prompt_ids) :]
 
 

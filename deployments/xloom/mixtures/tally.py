@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xloom.mixtures.clock import StepTimes, clock_for
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.base import Routing
 from xloom.protocol import BundleFigures, MixtureFigures, split_adapter_key
 
 logger = logging.getLogger(__name__)
@@ -27,13 +27,6 @@ STRIDE = 5  # one token in so many, and their sums are scaled up
 BUFFER_ROWS = 256  # gates that wait to be summed: 0.8 MB with 196 modules and 4 adapters
 
 _TINY = torch.finfo(torch.float32).tiny
-
-
-def sum_to_one(routing: Routing) -> bool:
-    """Whether a token's gates at one module add up to 1 by themselves."""
-    if routing.mixing_mode == "gated":
-        return False
-    return routing.enable_softmax_topk or (routing.enable_softmax and routing.top_k is None)
 
 
 def summed(gates: Tensor, *, shares: bool) -> Tensor:
@@ -77,7 +70,7 @@ class GateSums:
     def __init__(self, routing: Routing) -> None:
         self.names = routing.adapter_names
         self.tokens = 0
-        self._shares = sum_to_one(routing)
+        self._shares = routing.gates_sum_to_one
         self._first, self._later = _Part(), _Part()
         self._steps = 0  # that went to `_later`
         self._buffer: Tensor | None = None  # [BUFFER_ROWS, M, K]

@@ -31,7 +31,7 @@ class Metric:
         return f"ray_{self.name}"
 
 
-# The router: one request each. `model` is the name the client asked for, `kind` is base, lora or xlora.
+# The router: one request each. `model` is the name the client asked for, `kind` is base, lora, or a mixture's routing.
 REQUESTS = Metric(
     "xloom_requests_total", "counter", "router",
     "Requests that have ended, by outcome: stop, length, repetition, abort or error; each of n answers is one",

@@ -6,7 +6,7 @@ behind it by the same: the model is the same, its parts are not. With s_in, s_ou
     x' = x / s_in,    W' = diag(1 / s_out) W diag(s_in),    y' = y / s_out
 
 so the adapter B A x, which the next layer expects divided by s_out, is (diag(1 / s_out) B) (A diag(s_in)) x'. A gate
-between A and B changes nothing of that, so it holds for X-LoRA bundles too.
+between A and B changes nothing of that, so it holds for mixtures too; the R of gates made of R x is as A is.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from xloom.mixtures.options import ROUTER_FILE
 from xloom.mixtures.targets import PREFIX
 
 # Beside the quantised weights, in a folder of its own: vLLM takes every safetensors file next to them for weights.
 FOLDING_FILE = "xloom/folding.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+
+_R = ".router.weight"  # the end of its name in a router's file
 
 Folding = Mapping[str, torch.Tensor]
 
@@ -45,7 +48,17 @@ def rescale(prepared: Path, out: Path, folding: Folding) -> Path:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             rescaled[key] = _rescaled(key, file.get_tensor(key), folding)
     save_file(rescaled, out / ADAPTER_FILE, metadata={"format": "pt"})
+    routers = load_file(prepared / ROUTER_FILE) if (prepared / ROUTER_FILE).is_file() else {}
+    if any(key.endswith(_R) for key in routers):
+        routers = {key: _with_input(key, tensor, folding) for key, tensor in routers.items()}
+        save_file(routers, out / ROUTER_FILE, metadata={"format": "pt"})
     return out
+
+
+def _with_input(key: str, tensor: torch.Tensor, folding: Folding) -> torch.Tensor:
+    """R `[K, in]` of a linear reads what A reads. X-LoRA's classifier has none, and reads nothing that is folded."""
+    scale = folding.get(f"{key.removesuffix(_R)}.input")
+    return tensor if scale is None or not key.endswith(_R) else tensor.float() * scale[None, :]
 
 
 def _rescaled(key: str, tensor: torch.Tensor, folding: Folding) -> torch.Tensor:

@@ -7,6 +7,7 @@ import asyncio
 from xloom.protocol import XloomError
 from xloom.router.body import BOM, check_body
 from xloom.router.errors import App, Message, Receive, Scope, Send, send_error
+from xloom.router.weights import take_weights
 from xloom.settings import LimitSettings
 
 _ASIDE = 262_144  # bytes; a body over this is checked in a thread, where other tasks get their turns
@@ -34,6 +35,7 @@ class BodyLimits:
                     await asyncio.to_thread(check_body, body, self._limits)
                 else:
                     check_body(body, self._limits)
+                take_weights(body)
         except XloomError as error:
             await send_error(send, error)
             return

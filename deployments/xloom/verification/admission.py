@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.engines.base import LLMBackend
-from xloom.mixtures.options import XLORA_FILE
-from xloom.mixtures.prepare import ROUTER_FILE
+from xloom.mixtures.options import ROUTER_FILE, XLORA_FILE
 from xloom.protocol import AdapterRef, XloomError
 from xloom.quantization.fitting import GIB
 from xloom.verification.comparison import Scores

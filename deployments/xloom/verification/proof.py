@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.engines.base import LLMBackend
-from xloom.mixtures.options import XLORA_FILE
+from xloom.mixtures.routing.base import Source
+from xloom.mixtures.routing.registry import read_description
 from xloom.protocol import AdapterRef, XloomError
 from xloom.verification.engine import Ask, one_by_one, together
 from xloom.verification.judgement import Expected, Observed
@@ -36,9 +36,9 @@ class Target:
 
     @property
     def num_adapters(self) -> int:
-        """How many adapters it mixes; 0: it is no mixture."""
-        file = self.folder / XLORA_FILE
-        return int(json.loads(file.read_text(encoding="utf-8"))["num_adapters"]) if file.is_file() else 0
+        """How many adapters a router mixes in it; 0: none, be it that it is plain or has one row a token."""
+        found = read_description(self.folder)
+        return int(found[1]["num_adapters"]) if found is not None and found[0].source is Source.HIDDEN else 0
 
 
 def mixtures(targets: Iterable[Target]) -> dict[str, int]:

@@ -42,7 +42,8 @@ def decode_request(body: bytes) -> TokenRequest:
 
 
 def _unencodable(request: TokenRequest, error: BaseException) -> XloomError:
-    places = {**request.sampling, "cache_salt": request.cache_salt, "priority": request.priority, **request.extra}
+    ours = {"cache_salt": request.cache_salt, "priority": request.priority, "mixture": request.weights}
+    places = {**request.sampling, **ours, **request.extra}
     for name, value in places.items():
         try:
             _encoder.encode(value)

@@ -65,7 +65,7 @@ def test_what_is_verified_serves_once_it_has_passed(server: Served, weights: Wei
         assert answer.status_code == 200, answer.text
         assert len(server.greedy(name, PROMPT, NEW_TOKENS)) == NEW_TOKENS
     held = server.status()["replicas"][0]["stats"]["adapters"]
-    assert {key.partition("@")[0] for key in held} == {*weights.adapters, "blend", "gamma", "mix"}
+    assert {key.partition("@")[0] for key in held} == {*weights.adapters, "blend", "arrow", "weighted", "gamma", "mix"}
 
 
 def test_what_does_not_pass_is_never_served(server: Served, weights: Weights, tmp_path: Path) -> None:
@@ -155,7 +155,8 @@ def test_the_command_line_adds_lists_and_removes(
     listed = server.command("adapters", "list", "--json")
     assert listed.returncode == 0, listed.stderr
     kinds = {each["name"]: each["kind"] for each in json.loads(listed.stdout)}
-    assert kinds == {"alpha": "lora", "beta": "lora", "blend": "xlora", "gamma": "lora"}
+    mixtures = {"blend": "xlora", "arrow": "arrow", "weighted": "fixed"}
+    assert kinds == {"alpha": "lora", "beta": "lora", "gamma": "lora"} | mixtures
     assert "gamma" in server.command("adapters", "list").stdout
 
     status = server.command("status", "--json")

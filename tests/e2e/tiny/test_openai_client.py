@@ -18,7 +18,8 @@ MESSAGES: Any = [{"role": "user", "content": "What is woven?"}]
 def test_models_lists_every_name_with_its_kind(server: Served) -> None:
     models = {model.id: model.model_extra or {} for model in server.openai.models.list()}
     kinds = {name: extra["kind"] for name, extra in models.items()}
-    assert kinds == {"base": "base", "alpha": "lora", "beta": "lora", "blend": "xlora"}
+    mixtures = {"blend": "xlora", "arrow": "arrow", "weighted": "fixed"}
+    assert kinds == {"base": "base", "alpha": "lora", "beta": "lora"} | mixtures
     assert models["blend"]["parent"] == "base"
     assert models["base"]["max_model_len"] == MAX_LENGTH
 
@@ -178,6 +179,10 @@ def test_served_names_are_those_of_the_settings(server: Served, weights: Weights
     status = server.status()
     assert status["model"] == "base"
     sources = {adapter["name"]: adapter["source"] for adapter in status["adapters"]}
-    assert sources == {name: str(path) for name, path in weights.adapters.items()} | {"blend": str(weights.bundle)}
+    assert sources == {name: str(path) for name, path in weights.adapters.items()} | {
+        "blend": str(weights.bundle),
+        "arrow": "arrow: alpha, beta",
+        "weighted": "fixed: alpha, beta",
+    }
     assert [replica["state"] for replica in status["replicas"]] == ["ready"]
     assert all(adapter["replicas"] == 1 for adapter in status["adapters"])

@@ -12,7 +12,7 @@ from tests.fakes import FakeBackend
 from xloom.engines.base import Capabilities
 from xloom.engines.kinds import XLORA_FILE
 from xloom.engines.registry import backend_for
-from xloom.mixtures import prepare
+from xloom.mixtures import options
 from xloom.protocol import AdapterRef, XloomError
 from xloom.settings import Settings
 
@@ -40,7 +40,7 @@ def test_a_backend_without_mixtures_never_gets_to_load_a_bundle(tmp_path: Path) 
 
 
 def test_a_backend_without_single_passes_refuses_a_bundle_that_is_routed_in_one(tmp_path: Path) -> None:
-    assert XLORA_FILE == prepare.XLORA_FILE
+    assert XLORA_FILE == options.XLORA_FILE
 
     async def add(passes: int) -> None:
         (tmp_path / XLORA_FILE).write_text(json.dumps({"routing": {"routing_passes": passes}}))

@@ -28,7 +28,8 @@ from xloom.mixtures.mixing import gated_delta, rank_gates
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import Prepared, prepare_bundle, prepare_lora
 from xloom.mixtures.reference import Reference, reference_greedy, reference_logits
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.registry import load_routing
+from xloom.mixtures.routing.xlora import XLoraRouting
 from xloom.protocol import Overrides
 
 PROMPT = [72, 17, 203, 5, 140, 99, 7, 250, 31, 64, 12, 181]
@@ -210,7 +211,8 @@ def test_the_xlora_packages_format_reads_the_same(llama: Path, tmp_path: Path) -
 def test_a_classifier_without_relu_is_folded_into_one_layer(llama: Path, tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle", llama, fmt="xlora", depth=3, relu=False)
     tensors = load_file(bundle / "xlora_classifier.safetensors")
-    routing = Routing.load(prepare(bundle, llama))
+    routing = load_routing(prepare(bundle, llama))
+    assert isinstance(routing, XLoraRouting)
     hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     expected = hidden
     for layer in ("inner.0", "inner.1", "last"):

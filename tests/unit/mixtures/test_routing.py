@@ -7,14 +7,17 @@ import torch
 
 from tests.models import tiny_bundle
 from xloom.mixtures.prepare import prepare_bundle
-from xloom.mixtures.routing import Routing, select
+from xloom.mixtures.routing.registry import load_routing
+from xloom.mixtures.routing.xlora import XLoraRouting, select
 from xloom.protocol import Overrides, XloomError
 
 
-def routing(bundle: Path, shapes: dict[str, tuple[int, int]], mode: str | None = None) -> Routing:
+def routing(bundle: Path, shapes: dict[str, tuple[int, int]], mode: str | None = None) -> XLoraRouting:
     out = bundle.with_name("out")
     prepare_bundle(bundle, shapes, out, hidden_size=64, max_rank=64, overrides=Overrides(mixing_mode=mode))
-    return Routing.load(out)
+    found = load_routing(out)
+    assert isinstance(found, XLoraRouting)
+    return found
 
 
 @pytest.fixture
@@ -90,5 +93,5 @@ def test_a_folder_that_is_not_prepared_is_a_clear_error(
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
     for folder in (tmp_path / "out", bundle):
         with pytest.raises(XloomError) as raised:
-            Routing.load(folder)
+            load_routing(folder)
         assert raised.value.code == "broken_bundle"

@@ -11,7 +11,8 @@ import torch
 
 from tests.models import tiny_bundle
 from xloom.mixtures.prepare import prepare_bundle
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.base import Routing
+from xloom.mixtures.routing.registry import load_routing
 from xloom.mixtures.tally import BUFFER_ROWS, EVERY_TOKEN, STRIDE, MixtureTally
 from xloom.protocol import BundleFigures
 
@@ -32,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 def routing_of(folder: Path, llama: Path, shapes: dict[str, tuple[int, int]], **options: Any) -> Routing:
     bundle = tiny_bundle(folder / "bundle", llama, **options)
     prepare_bundle(bundle, shapes, folder / "prepared", hidden_size=64, max_rank=64)
-    return Routing.load(folder / "prepared")
+    return load_routing(folder / "prepared")
 
 
 def hidden_states(count: int, seed: int = 0) -> torch.Tensor:

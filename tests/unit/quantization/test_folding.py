@@ -12,6 +12,10 @@ from tests.models import HIDDEN, tiny_adapter, tiny_bundle, tiny_model
 from xloom.mixtures.lora import read_lora
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
+from xloom.mixtures.prepare_mixture import prepare_mixture
+from xloom.mixtures.routing.arrow import ArrowRouting
+from xloom.mixtures.routing.registry import load_routing
+from xloom.protocol import Blend
 from xloom.quantization.folding import FOLDING_FILE, read_folding, rescale
 
 MODULE = "model.layers.0.self_attn.v_proj"
@@ -58,6 +62,21 @@ def test_a_bundle_keeps_its_routing_and_its_ranks(model: Path, tmp_path: Path) -
     for name in ("xlora.json", "xlora_router.safetensors", "adapter_config.json"):
         assert (out / name).read_bytes() == (tmp_path / "prepared" / name).read_bytes()
     assert read_lora(out).max_rank == read_lora(tmp_path / "prepared").max_rank
+
+
+def test_a_router_of_inputs_gives_the_gates_it_gave(model: Path, tmp_path: Path) -> None:
+    folders = {name: tiny_adapter(tmp_path / name, model, seed=seed) for name, seed in (("one", 1), ("two", 2))}
+    modules, blend = linear_modules(str(model)), Blend("arrow", dict.fromkeys(folders, ""))
+    prepare_mixture(blend, folders, modules, tmp_path / "prepared", max_rank=64)
+    folding = folding_of(model)
+    rescale(tmp_path / "prepared", tmp_path / "rescaled", folding)
+    before, after = (load_routing(tmp_path / name) for name in ("prepared", "rescaled"))
+    assert isinstance(before, ArrowRouting)
+    assert isinstance(after, ArrowRouting)
+    for number, name in enumerate(before.modules):
+        x = torch.randn(5, modules[name][1])
+        rescaled = x / folding[f"{name}.input"]
+        torch.testing.assert_close(after.gates(number, rescaled), before.gates(number, x), rtol=1e-4, atol=1e-5)
 
 
 def test_modules_that_were_not_folded_stay_as_they_were(model: Path, tmp_path: Path) -> None:

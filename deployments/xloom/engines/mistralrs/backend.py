@@ -262,7 +262,7 @@ class MistralRsBackend(LLMBackend):
         )
 
     async def add_adapter(self, ref: AdapterRef, path: Path) -> None:
-        if ref.kind == "xlora":
+        if ref.is_mixture:
             raise _no_xlora()
         if ref in self._adapters:
             return

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.engines.base import Capabilities, Device, LLMBackend
-from xloom.engines.prompt import check_prompt
+from xloom.engines.prompt import check_prompt, no_weights
 from xloom.protocol import AdapterRef, EngineStats, MixtureFigures, TokenChunk, TokenRequest, XloomError
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ class TransformersBackend(LLMBackend):
         from xloom.engines.transformers.worker import Job
 
         loaded = self._loaded
+        if request.weights is not None:
+            raise no_weights(request)
         check_prompt(request.prompt_token_ids, vocabulary=loaded.vocabulary, max_model_len=loaded.max_model_len)
         adapter = None
         if request.adapter is not None:

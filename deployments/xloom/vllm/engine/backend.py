@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.engines.base import Capabilities, Device, LLMBackend
-from xloom.engines.prompt import check_prompt
+from xloom.engines.prompt import check_prompt, no_weights
 from xloom.observability.recorder import ray_is_up
 from xloom.protocol import AdapterRef, EngineStats, Logprobs, MixtureFigures, TokenChunk, TokenRequest, XloomError
 from xloom.quantization import recipes
@@ -147,7 +147,8 @@ class VLLMBackend(LLMBackend):
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine import EngineCoreRequest
 
-        from xloom.vllm.plugin.pairs import PROMPT_ARG
+        from xloom.mixtures.routing.fixed import checked_weights
+        from xloom.vllm.plugin.pairs import PROMPT_ARG, WEIGHTS_ARG, constants_of, with_weights
         from xloom.vllm.sampling import sampling_from_dict
 
         check_prompt(request.prompt_token_ids, vocabulary=self._vocabulary, max_model_len=self._max_model_len)
@@ -157,8 +158,9 @@ class VLLMBackend(LLMBackend):
             raise XloomError("invalid_sampling", str(error), "See vLLM's SamplingParams for what it takes.") from None
         self._limits.check(sampling, self._vocabulary)
         cap_lengths(sampling, self._max_model_len)
-        if PROMPT_ARG in (sampling.extra_args or {}):
-            raise XloomError("invalid_sampling", f"vllm_xargs can't say {PROMPT_ARG}.", "Leave it out.")
+        for name in (PROMPT_ARG, WEIGHTS_ARG):
+            if name in (sampling.extra_args or {}):
+                raise XloomError("invalid_sampling", f"vllm_xargs can't say {name}.", "Leave it out.")
         if request.num_client_tokens is not None and request.adapter is not None and request.adapter.kind == "xlora":
             sampling.extra_args = (sampling.extra_args or {}) | {PROMPT_ARG: request.num_client_tokens}
         lora = None
@@ -168,6 +170,15 @@ class VLLMBackend(LLMBackend):
                 raise XloomError(
                     "adapter_not_found", f"This engine does not hold the adapter {request.adapter.name!r}.", "", 404
                 )
+        salt = request.cache_salt
+        constants = constants_of(lora.lora_path) if lora is not None else None
+        if constants is not None:
+            weights = constants.weights
+            if request.weights is not None and request.adapter is not None:
+                weights = checked_weights(request.weights, constants.names, request.adapter.name)
+            salt = with_weights(sampling, salt, weights)
+        elif request.weights is not None:
+            raise no_weights(request)
         core_request = EngineCoreRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -176,7 +187,7 @@ class VLLMBackend(LLMBackend):
             pooling_params=None,
             arrival_time=request.arrival_time,
             lora_request=lora,
-            cache_salt=request.cache_salt,
+            cache_salt=salt,
             data_parallel_rank=None,
             priority=request.priority,
             **request.extra,

@@ -33,6 +33,7 @@ from xloom.observability.logs import bound
 from xloom.protocol import Logprobs, TokenChunk, TokenRequest, XloomError
 from xloom.router.dispatch import Dispatcher
 from xloom.router.traffic import Ending
+from xloom.router.weights import sent_weights
 from xloom.vllm.lora import adapter_ref
 from xloom.vllm.sampling import sampling_to_dict
 
@@ -103,6 +104,7 @@ class RoutedCoreClient(EngineCoreClient):
             arrival_time=request.arrival_time,
             cache_salt=request.cache_salt,
             client_id=bound().get("request_id", ""),
+            weights=sent_weights(),
             extra={} if request.reasoning_ended is None else {"reasoning_ended": request.reasoning_ended},
         )
         self._prefills[request.request_id] = _Prefill(len(request.prompt_token_ids), time.monotonic())

@@ -16,6 +16,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from xloom.vllm.plugin.gates import SlotRouting, SlotRows
 
 UNGATED = -1
+ROUTER_FIELDS = 6  # of `GateTables.routers`
+ABSOLUTE, SIGMOID = 1, 2  # bits of its last
 
 
 class GateTables:
@@ -25,6 +27,10 @@ class GateTables:
     set, so that a row without gates is not answered with the plain sum of its adapters.
     `offsets [max_loras, num_linears, max_rank]` int32: where in its row a rank's gate lies, or `UNGATED`.
     `place [2]` int64: address and row stride of `gates`.
+
+    For mixtures whose gates are made of a linear's input, `routers [max_loras, num_linears, 6]` int64: addresses of R
+    `[K, in]` and b `[K]`, float32, or 0; where in a row of `gates` the linear's K lie; K; how many of them are kept;
+    bits. `temperatures [max_loras]` float32.
     """
 
     def __init__(
@@ -37,15 +43,19 @@ class GateTables:
             self._names += slices
         self._described: dict[int, SlotRouting | None] = {}
         self._offsets: WeakKeyDictionary[SlotRouting, torch.Tensor] = WeakKeyDictionary()
+        self.routed = False  # whether a mixture has come whose gates are made of inputs
         shape = (max_loras, len(self._names), max_rank)
         with torch.inference_mode(False):  # here and below: they are written to within inference mode and without
             self.offsets = torch.full(shape, UNGATED, dtype=torch.int32, device=device)
+            self.routers = torch.zeros(*shape[:2], ROUTER_FIELDS, dtype=torch.int64, device=device)
+            self.temperatures = torch.ones(max_loras, dtype=torch.float32, device=device)
             self.place = torch.zeros(2, dtype=torch.int64, device=device)
             self.gates = torch.empty(max_tokens, 0, dtype=torch.float32, device=device)
         self._widen(1)
 
     def reserve(self, routing: SlotRouting) -> None:
         """Make room for a bundle's gates: where it is loaded, so that a lack of memory refuses the bundle alone."""
+        self.routed = self.routed or routing.inputs is not None
         self._widen(len(routing.row) * routing.routing.num_adapters)
 
     def _widen(self, width: int) -> None:
@@ -69,7 +79,31 @@ class GateTables:
         else:
             self.reserve(routing)
             async_tensor_h2d(self._offsets_of(routing), out=self.offsets[entry.slot])
+        self._describe_router(entry.slot, routing)
         self._described[entry.slot] = routing
+
+    def _describe_router(self, slot: int, routing: SlotRouting | None) -> None:
+        old = self._described.get(slot)
+        if routing is not None and routing.inputs is not None:
+            async_tensor_h2d(self._routers_of(routing), out=self.routers[slot])
+            self.temperatures[slot].fill_(routing.inputs.temperature)
+        elif old is not None and old.inputs is not None:
+            self.routers[slot].zero_()
+
+    def _routers_of(self, routing: SlotRouting) -> torch.Tensor:
+        """A slot's `routers`, on the host."""
+        inputs = routing.inputs
+        assert inputs is not None
+        found = torch.zeros(self.routers.shape[1:], dtype=torch.int64)
+        count = inputs.num_adapters
+        kept, kind = inputs.top_k or count, inputs.absolute * ABSOLUTE | (inputs.activation == "sigmoid") * SIGMOID
+        for linear, name in enumerate(self._names):
+            number = routing.row.get(name)
+            if number is not None:
+                weight, bias = inputs.routers[number]
+                addresses = weight.data_ptr(), bias.data_ptr()
+                found[linear] = torch.tensor([*addresses, number * count, count, kept, kind])
+        return found
 
     def _offsets_of(self, routing: SlotRouting) -> torch.Tensor:
         """A slot's `offsets`, on the host; kept as long as the bundle, since slots change hands often."""

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.base import Routing
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.routing.inputs import InputRouting
+from xloom.mixtures.routing.xlora import XLoraRouting
 
 WIDENED_GATE_BYTES = 256 << 20  # above this the gates are widened to ranks linear by linear, not all at once
 
@@ -33,7 +36,8 @@ class SlotRouting:
         self.name = name  # the bundle's, with its generation
         self.row = {name: number for number, name in enumerate(routing.modules)}
         self.segments = [segment_index(segments) for segments in routing.segments]  # M times [R_m]
-        self.scaling_pass_gates = routing.scaling_pass_gates()  # [M, K]
+        self.constant = _constant(routing)
+        self.inputs = routing if isinstance(routing, InputRouting) else None  # whose gates come of a linear's input
         self._layout: GateLayout | None = None
 
     def layout(self, linears: Mapping[int, Sequence[str]]) -> GateLayout:
@@ -47,6 +51,13 @@ class SlotRouting:
                 places[address], first = slice(first, last), last
             self._layout = GateLayout(torch.cat(found), places)
         return self._layout
+
+
+def _constant(routing: Routing) -> torch.Tensor | None:
+    """Gates `[M, K]` that are no token's own: a scaling pass's, or a fixed mixture's."""
+    if isinstance(routing, XLoraRouting):
+        return routing.scaling_pass_gates()
+    return routing.gates() if isinstance(routing, FixedRouting) else None
 
 
 def segment_index(segments: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -71,17 +82,20 @@ class SlotRows:
     def set_gates(self, gates: torch.Tensor) -> None:
         """Take the gates `[num_rows, M, K]` of the next forward pass."""
         assert self.routing is not None
+        if gates.stride(0) == 0:  # the same for all rows, which a product broadcasts by itself
+            gates = gates[:1]
         columns = self.routing.layout(BATCH.linears).columns
         self.gates, self.widened = gates.reshape(len(gates), -1), len(gates) * len(columns) * 4 <= WIDENED_GATE_BYTES
         if self.widened:
             self.gates = self.gates.index_select(1, columns)
 
     def gate_of(self, linear: int) -> torch.Tensor | None:
-        """`[num_rows, R]` to multiply between shrink and expand of a linear, all slices; None for a plain adapter.
+        """`[num_rows or 1, R]` to multiply between shrink and expand of a linear, all slices.
 
+        None for a plain adapter, and for a mixture whose gates come from the linear's input.
         Raises `RuntimeError` for a bundle without gates, which would be the plain sum of its adapters.
         """
-        if self.routing is None:
+        if self.routing is None or self.routing.inputs is not None:
             return None
         if self.gates is None:
             raise RuntimeError(f"no gates for {self.routing.name} in this step")
@@ -112,9 +126,11 @@ class LoRABatch:
     gater: Gater | None = None  # the punica wrapper of this process
     scheduler: type | None = None  # the class that schedules for it
     runner: type | None = None  # the class of the model runner
+    mixtures: bool = False  # whether the engine was started for them
 
-    def xlora(self) -> list[SlotRows]:
-        return [entry for entry in self.rows if entry.routing is not None]
+    def gated(self) -> list[SlotRows]:
+        """The rows whose gates have to be set before a forward pass; those of other mixtures come from their inputs."""
+        return [entry for entry in self.rows if entry.routing is not None and entry.routing.inputs is None]
 
 
 BATCH = LoRABatch()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,15 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from xloom.mixtures.options import XLORA_FILE
+from xloom.mixtures.routing.base import Source
+from xloom.mixtures.routing.registry import read_description
 from xloom.mixtures.single_pass import segment_end
 
 SCALING_MARK = "~scaling"  # in a scaling sequence's id; what precedes it is the mixture's request
 # In SamplingParams.extra_args:
 BUNDLE_ARG = "xloom_bundle"  # of a scaling sequence: the LoRARequest whose router reads the hidden states
 PROMPT_ARG = "xloom_prompt_tokens"  # of a request that goes on elsewhere: the tokens of its prompt that a client sent
+WEIGHTS_ARG = "xloom_weights"  # of a mixture of constants: the request's own, one for each adapter, in their order
 
 
 def scaling_id(request_id: str) -> str:
@@ -45,7 +48,7 @@ def mixture_id(request_id: str) -> str:
 
 
 class GateSource(NamedTuple):
-    """Where the gates of a prepared bundle's tokens come from."""
+    """Which hidden states the gates of a prepared bundle's tokens come from."""
 
     scaling_pass_value: float
     routing_passes: int
@@ -54,16 +57,43 @@ class GateSource(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def gate_source(path: str) -> GateSource | None:
-    """A prepared bundle's; None for a plain adapter."""
-    file = Path(path) / XLORA_FILE
-    if not file.is_file():
+    """A prepared bundle's; None for a plain adapter, and for a mixture whose gates come from no hidden states."""
+    found = read_description(Path(path))
+    if found is None or found[0].source is not Source.HIDDEN:
         return None
-    routing = json.loads(file.read_text(encoding="utf-8"))["routing"]
-    return GateSource(*(routing[field] for field in GateSource._fields))
+    return GateSource(*(found[1]["routing"][field] for field in GateSource._fields))
+
+
+class Constants(NamedTuple):
+    """A prepared mixture whose gates are constants."""
+
+    names: tuple[str, ...]  # of its adapters
+    weights: tuple[float, ...]  # its own
+
+
+@lru_cache(maxsize=4096)
+def constants_of(path: str) -> Constants | None:
+    """A prepared folder's; None where gates are no constants."""
+    found = read_description(Path(path))
+    if found is None or found[0].source is not Source.CONSTANT:
+        return None
+    return Constants(tuple(found[1]["adapter_names"]), tuple(map(float, found[1]["routing"]["weights"])))
+
+
+def with_weights(sampling: SamplingParams, salt: str | None, weights: Sequence[float]) -> str:
+    """Give a mixture's request its weights. The salt it needs then: no other weights read its pages, nor it theirs.
+
+    vLLM tells cache blocks apart by `Request.cache_salt` in the first of them, and each by the one before it
+    (vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys, 0.32). Requests with the mixture's own weights have
+    such a salt, too: it is a digest with what the client sent in it, so that nobody can ask for another's.
+    """
+    sampling.extra_args = (sampling.extra_args or {}) | {WEIGHTS_ARG: list(weights)}
+    identity = json.dumps([salt, *(float(weight).hex() for weight in weights)])
+    return hashlib.sha256(b"xloom weights" + identity.encode()).hexdigest()
 
 
 def source_of(lora: LoRARequest | None) -> GateSource | None:
-    """Where the gates of a request come from; None if it is for no mixture."""
+    """Which hidden states the gates of a request come from; None if none do."""
     return None if lora is None else gate_source(lora.lora_path)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xloom.mixtures.options import XLORA_FILE
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.base import Routing, Source
+from xloom.mixtures.routing.registry import load_routing, read_description
 from xloom.vllm.plugin.weight_ledger import with_ledger
 
 if TYPE_CHECKING:
@@ -126,8 +126,10 @@ def _attach(manager: Any) -> None:
 
 def _remember_runner(runner: Any, model: Any, config: Any, *args: Any) -> None:
     from xloom.vllm.plugin.gates import BATCH
+    from xloom.vllm.plugin.scheduler import PairScheduling
 
     BATCH.scheduler, BATCH.runner = config.scheduler_config.get_scheduler_cls(), type(runner)
+    BATCH.mixtures = issubclass(BATCH.scheduler, PairScheduling)
 
 
 def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,15 +137,24 @@ def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, lora_request: Any) -> Any:
         model = original(self, lora_request)
         folder = Path(lora_request.lora_path)
-        if (folder / XLORA_FILE).is_file():
+        if read_description(folder) is not None:
             from xloom.vllm.plugin.gates import SlotRouting
 
-            gater = gater_of(self._adapter_manager)
-            model.xloom_routing = SlotRouting(Routing.load(folder).to(self.device), lora_request.lora_name)
+            gater, routing = gater_of(self._adapter_manager), load_routing(folder)
+            _check_ranks(routing)
+            model.xloom_routing = SlotRouting(routing.to(self.device), lora_request.lora_name)
             gater.reserve(model.xloom_routing)
         return model
 
     return load_adapter
+
+
+def _check_ranks(routing: Routing) -> None:
+    """With tensor parallelism each rank sees a part of some linears' input, and of no use is a part of R x."""
+    from vllm.distributed.parallel_state import get_tp_group  # vLLM 0.32
+
+    if routing.source is Source.INPUT and get_tp_group().world_size > 1:
+        raise RuntimeError(f"gates of the kind {routing.kind!r} can't be made with tensor parallelism")
 
 
 def gater_of(manager: Any) -> Gater:
@@ -152,12 +163,11 @@ def gater_of(manager: Any) -> Gater:
     Scheduler, model runner and punica wrapper must all be ours: one that is not knows nothing of gates.
     """
     from xloom.vllm.plugin.gates import BATCH
-    from xloom.vllm.plugin.scheduler import PairScheduling
 
     gater, lacking = BATCH.gater, []
     if gater is None or gater.manager is not manager:
         lacking.append("its LoRA kernels")
-    if BATCH.scheduler is None or not issubclass(BATCH.scheduler, PairScheduling):
+    if not BATCH.mixtures:
         lacking.append("its scheduler")
     if not getattr(BATCH.runner, HOOKED, False):
         lacking.append("its model runner")

@@ -28,7 +28,8 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
     for entry in BATCH.rows:
         key = address, entry.slot
         if key not in entry.weights:
-            entry.weights[key] = slot_linear(lora_a, lora_b, entry.slot, BATCH.linears[address], entry.ranks)
+            names = BATCH.linears[address]
+            entry.weights[key] = slot_linear(lora_a, lora_b, entry.slot, names, entry.ranks, entry.routing)
         if (weights := entry.weights[key]) is not None:
             _add(y, x, weights, entry, entry.gate_of(address))
 
@@ -36,9 +37,10 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
 def _add(y: torch.Tensor, x: torch.Tensor, weights: SlotLinear, entry: SlotRows, gate: torch.Tensor | None) -> None:
     rows = x[entry.rows]
     target = y[entry.rows]  # a view when the rows are a slice, else a copy
-    shrunk = weights.a.product(rows)
+    shrunk, own = weights.shrink(rows)
+    gate = gate if own is None else own
     if gate is not None:
-        if gate.shape != shrunk.shape:
+        if gate.shape[1] != shrunk.shape[1] or len(gate) not in (1, len(shrunk)):
             raise RuntimeError(f"gates {tuple(gate.shape)} for ranks {tuple(shrunk.shape)}")
         shrunk = (shrunk * gate).to(rows.dtype)
     for part in weights.slices:

@@ -18,6 +18,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from xloom.vllm.plugin.gate_tables import GateTables
 from xloom.vllm.plugin.gated_shrink import gated_shrink
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, rows_of, slices_of
+from xloom.vllm.plugin.input_gates import input_gates
 
 _tables: list[GateTables] = []  # of this process's wrapper
 
@@ -35,8 +36,13 @@ def shrink(
     num_slots: torch.Tensor,
     scaling: float,
 ) -> None:
-    """`gated_shrink` with this process's tables: an operator that torch.compile does not look into."""
+    """`gated_shrink` with this process's tables: an operator that torch.compile does not look into.
+
+    Where mixtures may come, gates are made of the input first: always, since graphs are captured before any is there.
+    """
     meta = (token_slots, tokens, counts, starts, slots, no_lora, num_slots)
+    if BATCH.mixtures or _tables[0].routed:
+        input_gates(x, lora_a, _tables[0], meta)
     gated_shrink(x, lora_a, out, _tables[0], meta, scaling)
 
 

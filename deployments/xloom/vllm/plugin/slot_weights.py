@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
+from xloom.mixtures.routing.inputs import InputRouting
+from xloom.vllm.plugin.gates import SlotRouting
+
 # Numbers in a weight: where oneDNN's packed product begins to be quicker than a plain one, with 2 to 16 rows up to
 # three times as quick.
 PACKED_FROM = 1 << 15
@@ -71,28 +74,65 @@ class SlotSlice:
 
 
 @dataclass(frozen=True)
+class SlotRouter:
+    """What makes a mixture's gates of one linear's input; its R lie under A, so that one product gives both."""
+
+    routing: InputRouting
+    bias: Tensor  # [slices, K] float32
+    columns: Tensor  # [sum of ranks]: which of a row's slices * K gates multiplies each rank
+
+    def gates(self, product: Tensor) -> Tensor:
+        """`[num_rows, sum of ranks]` float32, of R x `[num_rows, slices * K]`."""
+        gates = self.routing.gates_of(product.view(len(product), *self.bias.shape), self.bias)
+        return gates.flatten(1).index_select(1, self.columns)
+
+
+@dataclass(frozen=True)
 class SlotLinear:
     """An adapter's weights for one linear: all slices shrink in one product."""
 
-    a: Shrink  # [sum of ranks, in]
+    a: Shrink  # [sum of ranks (+ slices * K), in]
     slices: tuple[SlotSlice, ...]
+    num_ranks: int
+    router: SlotRouter | None = None
+
+    def shrink(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A x `[num_rows, sum of ranks]` for `x [num_rows, in]`, and the gates that are made of x, if any are."""
+        product = self.a.product(x)
+        if self.router is None:
+            return product, None
+        return product[:, : self.num_ranks], self.router.gates(product[:, self.num_ranks :])
 
 
 def slot_linear(
-    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], slot: int, names: Sequence[str], ranks: dict[str, int]
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    slot: int,
+    names: Sequence[str],
+    ranks: dict[str, int],
+    routing: SlotRouting | None = None,
 ) -> SlotLinear | None:
     """What an adapter in this slot changes of one linear, at its own ranks; None if nothing.
 
     `lora_a`, `lora_b`: one a slice, `[slots, 1, rank, in]` and `[slots, 1, out_slice, rank]`.
     """
     shrinks, slices, first, done = [], [], 0, 0
+    held = []  # names of the slices
     for a, b, name in zip(lora_a, lora_b, names, strict=True):
         width, rank = b.shape[2], ranks.get(name, 0)
         if rank:
             shrinks.append(a[slot, 0, :rank])
             expand = Expand(b[slot, 0, :, :rank])
             slices.append(SlotSlice(slice(first, first + width), slice(done, done + rank), expand))
+            held.append(name)
         first, done = first + width, done + rank
     if not slices:
         return None
-    return SlotLinear(Shrink(shrinks), tuple(slices))
+    if routing is None or routing.inputs is None:
+        return SlotLinear(Shrink(shrinks), tuple(slices), done)
+    inputs, count = routing.inputs, routing.inputs.num_adapters
+    rows = [routing.row[name] for name in held]
+    weights = [inputs.routers[row][0].to(shrinks[0].dtype) for row in rows]
+    columns = torch.cat([place * count + routing.segments[row] for place, row in enumerate(rows)])
+    router = SlotRouter(inputs, torch.stack([inputs.routers[row][1] for row in rows]), columns)
+    return SlotLinear(Shrink([*shrinks, *weights]), tuple(slices), done, router)

@@ -18,10 +18,21 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from xloom.mixtures.routing.base import Routing
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.routing.xlora import XLoraRouting
 from xloom.mixtures.single_pass import segment_end
 from xloom.vllm.plugin.gate_store import GateStore, Span
 from xloom.vllm.plugin.gates import BATCH, SlotRouting
-from xloom.vllm.plugin.pairs import BUNDLE_ARG, client_tokens, is_scaling, mixture_id, source_of
+from xloom.vllm.plugin.pairs import (
+    BUNDLE_ARG,
+    WEIGHTS_ARG,
+    client_tokens,
+    constants_of,
+    is_scaling,
+    mixture_id,
+    source_of,
+)
 from xloom.vllm.plugin.rank_tally import tally_of_this_rank
 
 Kept = TypeVar("Kept")
@@ -61,9 +72,11 @@ class MixtureStep:
 
     def __init__(self, lora_manager: Any, device: torch.device) -> None:
         self.store = GateStore()
-        self._lora_manager = lora_manager
+        self._lora_manager, self._device = lora_manager, device
         self._bundles: dict[str, LoRARequest] = {}  # by scaling sequence
         self._single: dict[str, SinglePass] = {}  # by request
+        self._weights: dict[str, list[float] | None] = {}  # by request with constant gates; None: the mixture's own
+        self._constants: dict[str, Tensor] = {}  # [M, K], made of them
         self._tally = tally_of_this_rank(device.type)
         self._timed = False
 
@@ -72,6 +85,8 @@ class MixtureStep:
         for name in output.finished_req_ids:
             self._bundles.pop(name, None)
             self._single.pop(name, None)
+            self._weights.pop(name, None)
+            self._constants.pop(name, None)
             self.store.drop(name)
         if output.preempted_req_ids and not self.idle:
             again = output.scheduled_cached_reqs.resumed_req_ids | {new.req_id for new in output.scheduled_new_reqs}
@@ -87,11 +102,13 @@ class MixtureStep:
             elif (source := source_of(new.lora_request)) is not None and source.routing_passes == 1:
                 sent = client_tokens(len(new.prompt_token_ids or ()), new.sampling_params)
                 self._single[new.req_id] = SinglePass(new.lora_request, sent, source.prefill)
+            elif new.lora_request is not None and constants_of(new.lora_request.lora_path) is not None:
+                self._weights[new.req_id] = (new.sampling_params.extra_args or {}).get(WEIGHTS_ARG)
 
     @property
     def idle(self) -> bool:
-        """Whether there is no mixture's request."""
-        return not self._bundles and not self._single
+        """Whether there is no request whose gates have to be handed over."""
+        return not self._bundles and not self._single and not self._weights
 
     def in_two_passes(self, request_id: str) -> bool:
         """Whether a mixture's request and its scaling sequence have the same tokens to the end."""
@@ -99,9 +116,10 @@ class MixtureStep:
 
     def hand_over(self, rows: Sequence[Row]) -> None:
         """Before the forward pass: the gates of the batch's rows, to the kernels."""
-        entries = BATCH.xlora()
+        entries = BATCH.gated()
         scaling = sum(row.num_tokens for row in rows if is_scaling(row.request_id))
-        self._timed = self._tally is not None and bool(entries or scaling)
+        routed = any(isinstance(entry.routing.routing, XLoraRouting) for entry in entries if entry.routing)
+        self._timed = self._tally is not None and bool(routed or scaling)
         if self._timed and self._tally is not None:
             self._tally.start(scaling_share=scaling / sum(row.num_tokens for row in rows))
         if entries:
@@ -116,11 +134,23 @@ class MixtureStep:
         self._lap()
 
     def _span(self, row: Row, routing: SlotRouting | None) -> Span:
+        if row.request_id in self._weights:
+            return Span(row.request_id, row.position, row.num_tokens, self._constant(row.request_id, routing))
         single = self._single.get(row.request_id)
         if is_scaling(row.request_id) or (single is not None and single.prefill == "lagged" and row.position == 0):
             assert routing is not None
-            return Span(row.request_id, row.position, row.num_tokens, routing.scaling_pass_gates)
+            return Span(row.request_id, row.position, row.num_tokens, routing.constant)
         return Span(row.request_id, row.position, row.num_tokens)
+
+    def _constant(self, request_id: str, routing: SlotRouting | None) -> Tensor:
+        """The gates `[M, K]` of a request with constant ones, on the device."""
+        found = self._constants.get(request_id)
+        if found is None:
+            assert routing is not None
+            assert isinstance(routing.routing, FixedRouting)
+            gates = routing.routing.gates(self._weights[request_id])
+            found = self._constants[request_id] = _on_device(gates, self._device)
+        return found
 
     def make(self, rows: Sequence[Row], hidden: Tensor) -> None:
         """After the forward pass: gates of tokens to come, from `hidden [num_tokens or more, hidden]`."""
@@ -132,7 +162,7 @@ class MixtureStep:
                 by_bundle.setdefault(making.bundle.lora_int_id, []).append(making)
         for makings in by_bundle.values():
             routing = self._routing(makings[0].bundle)
-            gates = self._gates(routing, _picked(hidden, makings))
+            gates = self._gates(routing.routing, _picked(hidden, makings))
             first = 0
             for each in makings:
                 alike = each.num_rows < each.num_tokens
@@ -141,7 +171,7 @@ class MixtureStep:
                 first += each.num_rows
             if self._tally is not None:
                 self._tally.add(routing.name, routing.routing, gates)
-        for entry in BATCH.xlora():
+        for entry in BATCH.gated():
             entry.gates = None  # used once: a step that forgot to set them must fail, not be wrong
         self._lap()
 
@@ -158,9 +188,10 @@ class MixtureStep:
         count = segment_end(end, single.num_client_tokens, single.prefill) - end
         return _Making(single.bundle, row.request_id, end, count, row.first + row.num_tokens - 1, 1)
 
-    def _gates(self, routing: SlotRouting, hidden: Tensor) -> Tensor:
+    def _gates(self, routing: Routing, hidden: Tensor) -> Tensor:
         """`[num_rows, M, K]`, made by the first rank for all: near a top-k's edge ranks may differ in the last bit."""
-        gates = routing.routing.gates(hidden)
+        assert isinstance(routing, XLoraRouting)
+        gates = routing.gates(hidden)
         group = get_tp_group()
         if group.world_size == 1:
             return gates
@@ -180,6 +211,12 @@ class MixtureStep:
     def _lap(self) -> None:
         if self._timed and self._tally is not None:
             self._tally.lap()
+
+
+def _on_device(gates: Tensor, device: torch.device) -> Tensor:
+    """Gates `[M, K]` that are the same at every module, without the host waiting for their copy."""
+    row: Tensor = async_tensor_h2d(gates[0].numpy(), device=device)
+    return row.expand(gates.shape)
 
 
 def _picked(hidden: Tensor, makings: Sequence[_Making]) -> Tensor:

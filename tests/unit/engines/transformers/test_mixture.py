@@ -1,4 +1,4 @@
-"""X-LoRA's figures from the `transformers` backend's batches, against the plain torch reference."""
+"""Mixtures in the `transformers` backend's batches, against the plain torch reference."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.models import load_model, tiny_bundle, tiny_model
+from tests.models import ADAPTERS, load_model, tiny_adapter, tiny_bundle, tiny_model
 from xloom.engines.transformers.batch import ATTENTION, BatchRunner, Part
 from xloom.mixtures.hooks import Adapter
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle
-from xloom.mixtures.reference import Reference
+from xloom.mixtures.prepare_mixture import prepare_mixture
+from xloom.mixtures.reference import OnePassReference, Reference
+from xloom.protocol import Blend
 
 PROMPTS = [list(range(40, 75)), [256, 5, 9, 200]]
 
@@ -47,3 +49,22 @@ def test_figures_are_those_of_the_references_gates(tmp_path: Path, batching: boo
 
     runner.run([Part(PROMPTS[0], 0, None, runner.caches(None))])
     assert runner.tally.take() == (None, False)
+
+
+@pytest.mark.parametrize("batching", [True, False], ids=["packed", "one after another"])
+def test_mixtures_of_one_row_answer_as_the_reference_does(tmp_path: Path, batching: bool) -> None:
+    folder = tiny_model(tmp_path / "model", "llama")
+    adapters = {f"a{i}": tiny_adapter(tmp_path / f"a{i}", folder, seed=i, **spec) for i, spec in enumerate(ADAPTERS)}
+    kinds = []
+    for routing in ("arrow", "fixed"):
+        modules = linear_modules(str(folder))
+        prepare_mixture(Blend(routing, {}), adapters, modules, tmp_path / routing, max_rank=64)
+        kinds.append(Adapter.load(tmp_path / routing))
+    attention = ATTENTION if batching else "eager"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    runner = BatchRunner(model, batching=batching)
+    parts = [Part(prompt, 0, kind, runner.caches(kind)) for kind in kinds for prompt in PROMPTS]
+    logits = runner.run(parts)
+    for number, (routing, prompt) in enumerate((name, each) for name in ("arrow", "fixed") for each in PROMPTS):
+        expected = OnePassReference.load(load_model(folder), tmp_path / routing).logits(prompt)
+        torch.testing.assert_close(logits[number][-1], expected[-1], atol=1e-3, rtol=0)

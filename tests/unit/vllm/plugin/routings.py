@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from xloom.mixtures.routing import Routing
+from xloom.mixtures.routing.xlora import XLoraRouting
 
 
-def routing(modules: Sequence[str], segments: Sequence[Sequence[tuple[int, int]]], num_adapters: int = 2) -> Routing:
+def routing(
+    modules: Sequence[str], segments: Sequence[Sequence[tuple[int, int]]], num_adapters: int = 2
+) -> XLoraRouting:
     """Adapters over the given modules, stacked as `segments` says."""
-    return Routing(
+    return XLoraRouting(
         num_adapters=num_adapters,
         adapter_names=tuple(map(str, range(num_adapters))),
         modules=tuple(modules),

@@ -1,20 +1,20 @@
-"""From a token's hidden state to its gates: everything X-LoRA does after the scaling pass."""
+"""`xlora`: from a token's hidden state to its gates, everything X-LoRA does after the scaling pass."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xloom.mixtures.options import XLORA_FILE
-from xloom.mixtures.prepare import FORMAT, ROUTER_FILE
-from xloom.protocol import XloomError
+from xloom.mixtures.options import ROUTER_FILE
+from xloom.mixtures.routing.base import Routing, Source
 
 
 def select(gates: Tensor, top_k: int | None, softmax_topk: bool) -> Tensor:
@@ -32,13 +32,12 @@ def select(gates: Tensor, top_k: int | None, softmax_topk: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Routing:
-    """The router of a prepared bundle: M modules, K adapters."""
+class XLoraRouting(Routing):
+    """A classifier over the last hidden state of a token's scaling sequence."""
 
-    num_adapters: int
-    adapter_names: tuple[str, ...]
-    modules: tuple[str, ...]  # Hugging Face names, in PEFT's order
-    segments: tuple[tuple[tuple[int, int], ...], ...]  # per module: (adapter, rank), in stacking order
+    kind: ClassVar[str] = "xlora"
+    source: ClassVar[Source] = Source.HIDDEN
+
     hidden_size: int
     layerwise_scalings: bool
     mixing_mode: str
@@ -52,30 +51,21 @@ class Routing:
     prefill: str = "exact"  # of one pass
 
     @classmethod
-    def load(cls, folder: Path) -> Routing:
-        """Read the router of a prepared bundle, on the CPU. Raises `XloomError` (broken_bundle)."""
-        try:
-            data = json.loads((folder / XLORA_FILE).read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']}, not {FORMAT}")
-            tensors = load_file(folder / ROUTER_FILE)
-            count = sum(key.endswith(".weight") for key in tensors)
-            return cls(
-                num_adapters=data["num_adapters"],
-                adapter_names=tuple(data["adapter_names"]),
-                modules=tuple(data["modules"]),
-                segments=tuple(tuple((k, rank) for k, rank in segment) for segment in data["segments"]),
-                layers=tuple((tensors[f"layers.{i}.weight"], tensors.get(f"layers.{i}.bias")) for i in range(count)),
-                **data["routing"],
-            )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            message = f"{folder} is not a prepared bundle: {error!r}."
-            raise XloomError("broken_bundle", message, "Add the bundle to the store again.", 500) from error
+    def read(cls, folder: Path, shared: Mapping[str, Any], options: Mapping[str, Any]) -> Self:
+        tensors = load_file(folder / ROUTER_FILE)
+        count = sum(key.endswith(".weight") for key in tensors)
+        layers = tuple((tensors[f"layers.{i}.weight"], tensors.get(f"layers.{i}.bias")) for i in range(count))
+        return cls(**shared, layers=layers, **options)
 
-    def to(self, device: torch.device | str) -> Routing:
-        """The same router with its classifier on `device`."""
+    def to(self, device: torch.device | str) -> Self:
         layers = tuple((w.to(device), None if b is None else b.to(device)) for w, b in self.layers)
         return dataclasses.replace(self, layers=layers)
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        if self.mixing_mode == "gated":
+            return False
+        return self.enable_softmax_topk or (self.enable_softmax and self.top_k is None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The classifier's logits `[num_tokens, M or 1, K]` in float32; 1 where they are the same for every module."""

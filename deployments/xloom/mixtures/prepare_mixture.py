@@ -1,0 +1,162 @@
+"""Prepares mixtures made of adapters alone, or with a learned linear router: the kinds that take one row a token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xloom.mixtures.base_weights import BaseWeights
+from xloom.mixtures.linear_router import load_linear_router
+from xloom.mixtures.lora import LoraWeights, read_lora
+from xloom.mixtures.options import ROUTER_FILE
+from xloom.mixtures.overflow import check_range
+from xloom.mixtures.routing.arrow import ArrowRouting, prototype
+from xloom.mixtures.routing.fixed import LARGEST, FixedRouting, checked_weights
+from xloom.mixtures.routing.inputs import MOST_ADAPTERS, with_absent
+from xloom.mixtures.routing.linear import LinearRouting
+from xloom.mixtures.stacking import Prepared, Shapes, Stack, check_adapters, stacked, write_mixture
+from xloom.protocol import Blend, XloomError
+
+MIXED = (ArrowRouting.kind, FixedRouting.kind)  # the kinds that a `Blend` names
+
+Routers = dict[str, tuple[Tensor, Tensor]]
+
+
+def prepare_mixture(
+    blend: Blend,
+    folders: Mapping[str, Path],
+    modules: Shapes,
+    out: Path,
+    *,
+    max_rank: int,
+    base: BaseWeights | None = None,
+) -> Prepared:
+    """Stack the adapters in `folders`, by name, and write them to `out` with the routing that `blend` says.
+
+    Raises `XloomError`: invalid_mixture, invalid_weights, rank_too_large, and what reading an adapter raises.
+    """
+    names = tuple(folders)
+    _check_blend(blend, names)
+    adapters = [read_lora(folder, modules, base) for folder in folders.values()]
+    stack = _stack(", ".join(names), names, adapters, modules, max_rank)
+    if blend.routing == FixedRouting.kind:
+        weights = checked_weights(blend.weights or dict.fromkeys(names, 1 / len(names)), names, "the mixture")
+        _check_range(stack, LARGEST)
+        write_mixture(out, stack, {"weights": list(weights)}, FixedRouting.kind)
+    else:
+        _check_range(stack, 1.0)
+        options = {"activation": "softmax", "top_k": blend.top_k, "temperature": blend.temperature or 1.0}
+        _write_routers(out, stack, _prototypes(stack, adapters))
+        write_mixture(out, stack, options, ArrowRouting.kind)
+    return Prepared.of(out, stack.rank, stack.tensors)
+
+
+def prepare_linear(
+    folder: Path,
+    modules: Shapes,
+    out: Path,
+    *,
+    max_rank: int,
+    root: Path | None = None,
+    base: BaseWeights | None = None,
+) -> Prepared:
+    """Stack the adapters of a learned linear router, and write them to `out` with it.
+
+    Adapters' paths may be relative to the folder, and lie within `root` if it is given. Raises `XloomError`:
+    broken_bundle, rank_too_large, and what reading the router and an adapter raises.
+    """
+    router = load_linear_router(folder)
+    _check_count(len(router.adapters))
+    adapters = [read_lora(_inside(folder, name, path, root), modules, base) for name, path in router.adapters.items()]
+    stack = _stack(folder, tuple(router.adapters), adapters, modules, max_rank)
+    if missing := [name for name in stack.modules if name not in router.layers]:
+        message = f"{folder}: the router has no weights for {missing[0]}, which its adapters adapt."
+        raise XloomError("broken_bundle", message, "Train it for these adapters.")
+    for name in stack.modules:
+        if router.layers[name][0].shape[1] != modules[name][1]:
+            message = f"{folder}: the router takes {router.layers[name][0].shape[1]} values at {name}, not "
+            raise XloomError("broken_bundle", f"{message}{modules[name][1]}.", "Use one trained on this base model.")
+    _check_range(stack, 1.0)
+    options = {"activation": router.activation, "top_k": router.top_k, "temperature": router.temperature}
+    _write_routers(out, stack, {name: router.layers[name] for name in stack.modules})
+    write_mixture(out, stack, options, LinearRouting.kind)
+    return Prepared.of(out, stack.rank, stack.tensors)
+
+
+def _check_blend(blend: Blend, names: tuple[str, ...]) -> None:
+    if blend.routing not in MIXED:
+        raise _invalid(f"routing {blend.routing!r} is none of {', '.join(MIXED)}")
+    if len(names) < 2:
+        raise _invalid(f"a mixture of {len(names)} adapters is none")
+    _check_count(len(names))
+    arrow = blend.routing == ArrowRouting.kind
+    if arrow and blend.weights:
+        raise _invalid("weights are for routing fixed")
+    if not arrow and (blend.top_k is not None or blend.temperature is not None):
+        raise _invalid("top_k and temperature are for routing arrow")
+    if blend.top_k is not None and not 1 <= blend.top_k <= len(names):
+        raise _invalid(f"top_k is {blend.top_k}, of {len(names)} adapters")
+    if blend.temperature is not None and not (math.isfinite(blend.temperature) and blend.temperature > 0):
+        raise _invalid(f"temperature is {blend.temperature}; it must be above 0")
+
+
+def _check_count(count: int) -> None:
+    if count > MOST_ADAPTERS:
+        raise _invalid(f"{count} adapters are more than {MOST_ADAPTERS}")
+
+
+def _stack(
+    mixture: str | Path, names: tuple[str, ...], adapters: list[LoraWeights], modules: Shapes, max_rank: int
+) -> Stack:
+    check_adapters(adapters, modules, max_rank)
+    return stacked(mixture, names, adapters, modules, max_rank=max_rank)
+
+
+def _check_range(stack: Stack, gate: float) -> None:
+    matrices = {name: (a, b, 1.0) for name, (a, b) in stack.tensors.items()}
+    check_range(Path("the mixture"), "broken_bundle", matrices, gate)
+
+
+def _prototypes(stack: Stack, adapters: list[LoraWeights]) -> Routers:
+    """R `[K, in]` of each module: the adapters' top right singular vectors, their scales left out; b is 0."""
+    found = {}
+    for name, segment in zip(stack.modules, stack.segments, strict=True):
+        weight = torch.zeros(len(adapters), stack.tensors[name][0].shape[1])
+        for adapter, _ in segment:
+            weight[adapter] = prototype(*adapters[adapter].tensors[name])
+        found[name] = (weight, torch.zeros(len(adapters)))
+    return found
+
+
+def _write_routers(out: Path, stack: Stack, routers: Routers) -> None:
+    tensors = {}
+    for name, segment in zip(stack.modules, stack.segments, strict=True):
+        weight, bias = routers[name]
+        tensors[f"{name}.router.weight"] = weight.float().contiguous()
+        tensors[f"{name}.router.bias"] = with_absent(bias.float(), segment)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / ROUTER_FILE, metadata={"format": "pt"})
+
+
+def _inside(folder: Path, name: str, path: str, root: Path | None) -> Path:
+    """Where an adapter of a router lies: at its path, or in the sub-folder that has its name."""
+    bundle = folder.resolve()
+    written = Path(path)
+    resolved = (written if written.is_absolute() else bundle / written).resolve()
+    limit = bundle.parent if root is None else root.resolve()
+    allowed = resolved.is_relative_to(limit) or (root is None and written.is_absolute())
+    for place in [resolved] * allowed + [bundle / "adapters" / name, bundle / name]:
+        if (place / "adapter_config.json").is_file() and (place == resolved or place.resolve().is_relative_to(bundle)):
+            return place
+    message = f"{folder}: the folder of adapter {name!r} is missing ({path})."
+    cure = "Put the adapter beside the router, or mend its path in router_config.json."
+    raise XloomError("broken_bundle", message, cure)
+
+
+def _invalid(what: str) -> XloomError:
+    return XloomError("invalid_mixture", f"The mixture can't be made: {what}.", "See docs/mixtures.md.")
