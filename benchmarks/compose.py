@@ -26,12 +26,12 @@ from xloom.compose.mixture import Mixture
 from xloom.compose.model import load_base
 from xloom.compose.options import Options
 from xloom.compose.router import BundleRouter
-from xloom.compose.stack import Stack
 from xloom.compose.teacher import Teacher
 from xloom.compose.text import MIXED, Batches, Streams, held_out_rows, text_encoder
 from xloom.compose.training import Phase, train
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.stacking import stack_adapters
 from xloom.sample.corpus import DOMAINS
 from xloom.settings import SAMPLE, ModelSettings
 
@@ -59,7 +59,7 @@ def measure(seeds: int, rows: int, options: Options, tune: int, kept_at: Path | 
     columns = held_out_rows(kept, rows, 2048, 0)
     modules = linear_modules(BASE)
     teacher = Teacher.read(SAMPLE / "blend", modules, 256, None, BaseWeights(BASE))
-    mixture = Mixture(load_base(ModelSettings(source=BASE), "cpu"), Stack.of(teacher.adapters, modules))
+    mixture = Mixture(load_base(ModelSettings(source=BASE), "cpu"), stack_adapters(teacher.adapters, modules))
     bundle = teacher.router(torch.device("cpu"))
     arrow = chosen_arrow(mixture, Batches(training, options.batch, options.length, PIECE, 0).draw(-2)[0])
     fixed = figures(mixture, ways(mixture, arrow) | {"bundle": bundle}, columns)

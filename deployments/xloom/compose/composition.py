@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,13 +22,13 @@ from xloom.compose.mixture import Mixture
 from xloom.compose.model import load_base
 from xloom.compose.plan import Plan
 from xloom.compose.router import BundleRouter, Router
-from xloom.compose.stack import Stack
 from xloom.compose.teacher import Teacher
 from xloom.compose.text import MIXED, Batches, Streams, held_out_rows, text_encoder
 from xloom.compose.training import SAVE_S, Phase, Told, train
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.lora import LoraWeights, read_lora
 from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.stacking import stack_adapters
 from xloom.protocol import XloomError
 
 PIECE = 128  # tokens of one domain in a row that joins several
@@ -107,6 +107,7 @@ class _Parts:
     """The model with its adapters, and the bundle that is learned from, if one is."""
 
     mixture: Mixture
+    adapters: Sequence[LoraWeights]
     teacher: Teacher | None
 
     @classmethod
@@ -119,10 +120,8 @@ class _Parts:
             adapters: dict[str, LoraWeights] = teacher.adapters
         else:
             adapters = {name: read_lora(folder, modules, base) for name, folder in plan.adapters.items()}
-        Stack.of(adapters, modules)  # a wrong base is known before the model is loaded
-        model = load_base(plan.base, plan.device)
-        parameter = next(model.parameters())
-        return cls(Mixture(model, Stack.of(adapters, modules, parameter.device, parameter.dtype)), teacher)
+        stack = stack_adapters(adapters, modules)  # a wrong base is known before the model is loaded
+        return cls(Mixture(load_base(plan.base, plan.device), stack), list(adapters.values()), teacher)
 
     def router(self, plan: Plan) -> LearnedRouter:
         stack, options = self.mixture.stack, plan.options
@@ -184,7 +183,7 @@ def _judged(
 ) -> Composed:
     mixture = made.mixture
     stage("Choosing Arrow's top k and temperature on training text")
-    arrow = chosen_arrow(mixture, batches.draw(-2)[0])
+    arrow = chosen_arrow(mixture, made.adapters, batches.draw(-2)[0])
     routers: dict[str, Router | None] = ways(mixture, arrow)
     bundle: BundleRouter | None = None
     if made.teacher is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from xloom.compose.mixture import Mixture
-from xloom.compose.router import ArrowRouter, ConstantRouter, Router
+from xloom.compose.router import ConstantRouter, InputRouter, Router
+from xloom.mixtures.lora import LoraWeights
+from xloom.mixtures.routing.arrow import ArrowRouting
 
 ROWS_AT_ONCE = 4
 ARROW_TEMPERATURES = (0.25, 1.0, 4.0)
@@ -35,20 +37,26 @@ class Agreement:
     gates: float  # mean absolute difference of a gate
 
 
-def ways(mixture: Mixture, arrow: ArrowRouter) -> dict[str, Router | None]:
+def ways(mixture: Mixture, arrow: ArrowRouting) -> dict[str, Router | None]:
     """What a trained router is held against."""
     names, device = mixture.stack.names, mixture.device
     alone = {f"adapter {name}": ConstantRouter([float(name == other) for other in names], device) for name in names}
-    return {"base": None, **alone, "uniform": ConstantRouter([1 / len(names)] * len(names), device), "arrow": arrow}
+    return {
+        "base": None,
+        **alone,
+        "uniform": ConstantRouter([1 / len(names)] * len(names), device),
+        "arrow": InputRouter(arrow),
+    }
 
 
-def chosen_arrow(mixture: Mixture, rows: Tensor) -> ArrowRouter:
+def chosen_arrow(mixture: Mixture, adapters: Sequence[LoraWeights], rows: Tensor) -> ArrowRouting:
     """Arrow with the top k and temperature that suit these rows best; they are not those it is judged by."""
     count = len(mixture.stack.names)
+    plain = ArrowRouting.of(mixture.stack, adapters).to(mixture.device)
     grid = itertools.product(sorted({1, min(2, count), count}), ARROW_TEMPERATURES)
     # With one adapter kept its gate is 1, whatever the temperature.
-    tried = [ArrowRouter(mixture.stack, k, t) for k, t in grid if k > 1 or t == 1.0]
-    return min(tried, key=lambda router: perplexity(mixture, router, rows))
+    tried = [replace(plain, top_k=k, temperature=t) for k, t in grid if k > 1 or t == 1.0]
+    return min(tried, key=lambda arrow: perplexity(mixture, InputRouter(arrow), rows))
 
 
 @torch.no_grad()
@@ -67,7 +75,7 @@ def perplexity(mixture: Mixture, router: Router | None, rows: Tensor, mean: dict
         total += cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
         count += ids[:, 1:].numel()
     if mean is not None and router is not None:
-        values = sums / (rows.numel() * len(mixture.stack.linears))
+        values = sums / (rows.numel() * len(mixture.stack.modules))
         mean.update(zip(names, values.tolist(), strict=True))
     return math.exp(total / count)
 
@@ -110,7 +118,7 @@ def _run(mixture: Mixture, router: Router, ids: Tensor) -> tuple[Tensor, Tensor]
     gates: list[Tensor] = []
 
     def keep(place: int, x: Tensor, found: Tensor) -> None:
-        gates.append(found.float() * mixture.stack.linears[place].present)
+        gates.append(found.float() * mixture.stack.present(place).to(found.device))
 
     logits = mixture.logits(ids, router, keep)
     return torch.stack(gates), logits.argmax(-1)

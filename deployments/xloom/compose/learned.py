@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from torch.nn.functional import linear
 
 from xloom.compose.mixture import Mixture
 from xloom.compose.router import Router
-from xloom.compose.stack import Stack
+from xloom.mixtures.routing.inputs import with_absent
+from xloom.mixtures.routing.linear import LinearRouting
+from xloom.mixtures.routing.xlora import XLoraRouting
+from xloom.mixtures.stacking import Stack
 
 _SMALLEST = 1e-4  # of the largest deviation of a linear's channels; one that never moves is not blown up
 
@@ -39,9 +43,23 @@ class ClassifierRouter(LearnedRouter):
         self, stack: Stack, hidden: int, *, depth: int, size: int, layerwise: bool, temperature: float
     ) -> None:
         super().__init__()
-        self.temperature, self.layerwise, self.num_linears = temperature, layerwise, len(stack.linears)
-        self.num_adapters = len(stack.names)
-        outputs = self.num_adapters * (self.num_linears if layerwise else 1)
+        self.temperature, self.layerwise = temperature, layerwise
+        self._form = XLoraRouting(
+            num_adapters=len(stack.names),
+            adapter_names=stack.names,
+            modules=stack.modules,
+            segments=stack.segments,
+            hidden_size=hidden,
+            layerwise_scalings=layerwise,
+            mixing_mode="additive",
+            enable_softmax=True,
+            temperature=temperature,
+            top_k=None,
+            enable_softmax_topk=False,
+            scaling_pass_value=self.scaling_pass,
+            layers=(),
+        )
+        outputs = len(stack.names) * (len(stack.modules) if layerwise else 1)
         sizes = [hidden, *[size] * (depth - 1), outputs]
         self.layers = nn.ModuleList(nn.Linear(sizes[i], sizes[i + 1]) for i in range(depth))
         last = self.layers[-1]
@@ -62,15 +80,12 @@ class ClassifierRouter(LearnedRouter):
 
     def begin(self, hidden: Tensor | None) -> None:
         assert hidden is not None
-        found = hidden.float()
-        for number, (weight, bias) in enumerate(self.folded()):
-            found = linear(torch.relu(found) if number else found, weight, bias)
-        found = found.unflatten(-1, (-1, self.num_adapters))  # [batch, tokens, M or 1, K]
-        self._gates = torch.softmax(found / self.temperature, dim=-1)
+        found = replace(self._form, layers=tuple(self.folded())).gates(hidden.flatten(0, 1))
+        self._gates = found.unflatten(0, hidden.shape[:2])
 
     def gates(self, place: int, x: Tensor) -> Tensor:
         assert self._gates is not None
-        return self._gates[..., place if self.layerwise else 0, :]
+        return self._gates[..., place, :]
 
     def folded(self) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of each layer as PEFT has them, for the hidden states as they are."""
@@ -86,10 +101,19 @@ class LinearRouter(LearnedRouter):
     ) -> None:
         super().__init__()
         self.activation, self.temperature, self.top_k = activation, temperature, top_k
-        self.names = [each.name for each in stack.linears]
-        self._present = [each.present for each in stack.linears]
+        self.names = stack.modules
+        self._form = LinearRouting(
+            num_adapters=len(stack.names),
+            adapter_names=stack.names,
+            modules=stack.modules,
+            segments=stack.segments,
+            activation=activation,
+            top_k=top_k,
+            temperature=temperature,
+            routers=(),
+        )
         count = len(stack.names)
-        widths = [each.a.shape[1] for each in stack.linears]
+        widths = [stack.tensors[name][0].shape[1] for name in stack.modules]
         self.weights = nn.ParameterList(torch.zeros(count, width) for width in widths)
         self.biases = nn.ParameterList(torch.zeros(count) for _ in widths)
         for place, width in enumerate(widths):
@@ -107,15 +131,12 @@ class LinearRouter(LearnedRouter):
 
     def logits(self, place: int, x: Tensor) -> Tensor:
         """The logits `[batch, tokens, K]` over the temperature; -inf for an adapter that lacks the linear."""
-        found = linear(x.float(), *self.folded(place)) / self.temperature
-        return found.masked_fill(~self._present[place], float("-inf"))
+        weight, bias = self.folded(place)
+        return linear(x.float(), weight, with_absent(bias, self._form.segments[place])) / self.temperature
 
     def gates(self, place: int, x: Tensor) -> Tensor:
-        logits = self.logits(place, x)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kept = logits.topk(self.top_k, dim=-1).indices
-            logits = torch.full_like(logits, float("-inf")).scatter(-1, kept, logits.gather(-1, kept))
-        return torch.sigmoid(logits) if self.activation == "sigmoid" else torch.softmax(logits, dim=-1)
+        weight, bias = self.folded(place)
+        return self._form.gates_of(linear(x.float(), weight), with_absent(bias, self._form.segments[place]))
 
     def folded(self, place: int) -> tuple[Tensor, Tensor]:
         """R `[K, in]` and b `[K]` of one linear, for its input as it is."""

@@ -47,7 +47,7 @@ def gate_loss(mixture: Mixture, router: LinearRouter, bundle: BundleRouter, ids:
             if router.activation == "softmax":
                 losses.append(kl_div(torch.log_softmax(logits, -1), wanted, reduction="sum") / wanted[..., 0].numel())
                 return
-            present = mixture.stack.linears[place].present
+            present = mixture.stack.present(place).to(logits.device)
             logits, wanted = logits[..., present], wanted[..., present].clamp(0, 1)
             chosen = torch.special.entr(wanted) + torch.special.entr(1 - wanted)
             crossed = binary_cross_entropy_with_logits(logits, wanted, reduction="none")

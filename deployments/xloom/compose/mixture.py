@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from xloom.compose.router import BundleRouter, ConstantRouter, Router
-from xloom.compose.stack import Stack, StackedLinear
-from xloom.mixtures.mixing import gated_delta
+from xloom.mixtures.hooks import GatedModule
+from xloom.mixtures.mixing import gated_delta, rank_gates
+from xloom.mixtures.stacking import Stack
 
 Watcher = Callable[[int, Tensor, Tensor], None]  # place, the linear's input [batch, tokens, in], gates
 
@@ -22,6 +23,13 @@ class Mixture:
     def __init__(self, model: nn.Module, stack: Stack) -> None:
         self.model, self.stack = model.eval().requires_grad_(False), stack
         self._modules = dict(model.named_modules())
+        parameter = next(model.parameters())
+        adapters = torch.arange(len(stack.names))
+        self._linears: dict[str, GatedModule] = {}
+        for place, name in enumerate(stack.modules):
+            a, b = (tensor.to(parameter.device, parameter.dtype) for tensor in stack.tensors[name])
+            columns = rank_gates(adapters, stack.segments[place]).to(parameter.device)
+            self._linears[name] = GatedModule(a, b, place, columns)
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +79,8 @@ class Mixture:
     @contextmanager
     def _hooked(self, router: Router, watch: Watcher | None) -> Iterator[None]:
         handles = [
-            self._modules[linear.name].register_forward_hook(_hook(place, linear, router, watch))
-            for place, linear in enumerate(self.stack.linears)
+            self._modules[name].register_forward_hook(_hook(linear, router, watch))
+            for name, linear in self._linears.items()
         ]
         try:
             yield
@@ -96,13 +104,16 @@ def _scaling_router(router: Router) -> Router | None:
     return _ScalingRouter(router) if router.scaling_pass and isinstance(router, BundleRouter) else None
 
 
-def _hook(place: int, linear: StackedLinear, router: Router, watch: Watcher | None) -> Any:
+def _hook(linear: GatedModule, router: Router, watch: Watcher | None) -> Any:
+    columns = linear.columns
+    assert columns is not None
+
     def add(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
         x = args[0]
-        gates = router.gates(place, x)
+        gates = router.gates(linear.index, x)
         if watch is not None:
-            watch(place, x, gates)
-        wide = gates.index_select(-1, linear.columns).to(linear.a.dtype)
+            watch(linear.index, x, gates)
+        wide = gates.index_select(-1, columns).to(linear.a.dtype)
         return result + gated_delta(x.to(linear.a.dtype), linear.a, linear.b, wide).to(result.dtype)
 
     return add

@@ -9,13 +9,14 @@ from tempfile import TemporaryDirectory
 import torch
 
 from xloom.compose.learned import LinearRouter
-from xloom.compose.router import BundleRouter, HiddenRouting
-from xloom.compose.stack import Shapes, Stack
+from xloom.compose.router import BundleRouter
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.bundle import Bundle, read_bundle
 from xloom.mixtures.hooks import Adapter
 from xloom.mixtures.lora import LoraWeights
 from xloom.mixtures.prepare import prepare_bundle
+from xloom.mixtures.routing.xlora import XLoraRouting
+from xloom.mixtures.stacking import ANY_RANK, Shapes, Stack
 from xloom.protocol import XloomError
 
 
@@ -24,7 +25,7 @@ class Teacher:
     """A bundle that is learned from."""
 
     bundle: Bundle
-    routing: HiddenRouting
+    routing: XLoraRouting
 
     @classmethod
     def read(cls, folder: Path, modules: Shapes, hidden_size: int, root: Path | None, base: BaseWeights) -> Teacher:
@@ -32,7 +33,7 @@ class Teacher:
         bundle = read_bundle(folder, root, modules, base)
         with TemporaryDirectory(prefix="xloom-") as scratch:
             prepare_bundle(
-                folder, modules, Path(scratch), hidden_size=hidden_size, max_rank=1 << 20, root=root, base=base
+                folder, modules, Path(scratch), hidden_size=hidden_size, max_rank=ANY_RANK, root=root, base=base
             )
             routing = Adapter.load(Path(scratch)).routing
         assert routing is not None

@@ -26,10 +26,10 @@ from xloom.compose.learned import ClassifierRouter
 from xloom.compose.losses import language_loss
 from xloom.compose.mixture import Mixture
 from xloom.compose.optimiser import Optimiser
-from xloom.compose.stack import Stack
 from xloom.compose.text import Batches, Streams
 from xloom.mixtures.lora import read_lora
 from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.stacking import stack_adapters
 from xloom.sample.corpus import ASSISTANT, BEGIN, DOMAINS, END, SPECIAL_TOKENS, SYSTEM, USER, Document, documents
 
 ADAPTER_RANKS = {"code": 16, "docs": 8, "json": 4, "maths": 8}
@@ -216,7 +216,7 @@ def train_xlora(streams: dict[str, torch.Tensor], base: Path, adapters: Path, ou
     """
     torch.manual_seed(30)
     modules = linear_modules(str(base))
-    stack = Stack.of({domain: read_lora(adapters / domain, modules) for domain in DOMAINS}, modules)
+    stack = stack_adapters({domain: read_lora(adapters / domain, modules) for domain in DOMAINS}, modules)
     mixture = Mixture(load_base(base), stack)
     config = xlora_config(adapters, mixture.config.hidden_size)
     router = ClassifierRouter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from xloom.compose.mixture import Mixture
 from xloom.compose.options import Options
 from xloom.compose.plan import Plan
 from xloom.compose.router import Router
-from xloom.compose.stack import Stack
 from xloom.compose.text import Streams, held_out_rows, text_encoder
 from xloom.compose.training import Told
 from xloom.mixtures.linear_router import LinearRouter as SavedRouter
@@ -30,6 +30,7 @@ from xloom.mixtures.lora import read_lora
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle
 from xloom.mixtures.reference import reference_logits
+from xloom.mixtures.stacking import stack_adapters
 from xloom.protocol import XloomError
 from xloom.settings import ModelSettings
 
@@ -54,7 +55,7 @@ class Interrupting(Listener):
 class SavedGates(Router):
     """The gates of a router file, by the formula its format has."""
 
-    def __init__(self, saved: SavedRouter, names: list[str]) -> None:
+    def __init__(self, saved: SavedRouter, names: Sequence[str]) -> None:
         super().__init__()
         self.layers = [saved.layers[name] for name in names]
         self.saved = saved
@@ -103,12 +104,12 @@ def test_a_linear_router_learns_the_domains_and_is_what_its_file_says(llama: Pat
     assert list(saved.adapters) == ["words", "sums"]
     modules = linear_modules(str(llama))
     read = {name: read_lora(plan.out / folder, modules) for name, folder in saved.adapters.items()}
-    stack = Stack.of(read, modules)
-    assert set(saved.layers) == {each.name for each in stack.linears}
+    stack = stack_adapters(read, modules)
+    assert set(saved.layers) == set(stack.modules)
     mixture = Mixture(load_model(llama), stack)
     encode = text_encoder(AutoTokenizer.from_pretrained(llama))
     rows = held_out_rows(Streams.read(plan.text, None, encode, held_out=True, limit=10_000), 2, 512, 0)
-    router = SavedGates(saved, [each.name for each in stack.linears])
+    router = SavedGates(saved, stack.modules)
     for column, expected in composed.figures.perplexity["router"].items():
         assert perplexity(mixture, router, rows[column]) == pytest.approx(expected, rel=1e-4)
     record = json.loads((plan.out / "compose.json").read_text())

@@ -7,20 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import ArrowConfig
-from peft.tuners.lora.arrow import ArrowLoraLinearLayer
-from torch import nn
 
 from tests.models import ADAPTERS, load_model, peft_logits, peft_lora, tiny_bundle
 from xloom.compose.mixture import Mixture
-from xloom.compose.router import ArrowRouter, ConstantRouter
-from xloom.compose.stack import Stack, StackedLinear
+from xloom.compose.router import ConstantRouter, InputRouter
 from xloom.compose.teacher import Teacher
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.lora import read_lora
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle
 from xloom.mixtures.reference import Reference
+from xloom.mixtures.routing.arrow import ArrowRouting
+from xloom.mixtures.stacking import stack_adapters
 from xloom.protocol import XloomError
 
 ROWS = torch.randint(0, 256, (2, 14), generator=torch.Generator().manual_seed(3))
@@ -28,7 +26,7 @@ ROWS = torch.randint(0, 256, (2, 14), generator=torch.Generator().manual_seed(3)
 
 def mixture_of(llama: Path, adapters: dict[str, Path]) -> Mixture:
     modules = linear_modules(str(llama))
-    stack = Stack.of({name: read_lora(folder, modules) for name, folder in adapters.items()}, modules)
+    stack = stack_adapters({name: read_lora(folder, modules) for name, folder in adapters.items()}, modules)
     return Mixture(load_model(llama), stack)
 
 
@@ -57,7 +55,7 @@ def test_one_adapter_with_weight_one_is_that_adapter(llama: Path, adapters: dict
 def test_a_bundles_own_gates_are_the_references(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     bundle, modules = tiny_bundle(tmp_path / "bundle", llama, adapters=ADAPTERS, **options), linear_modules(str(llama))
     teacher = Teacher.read(bundle, modules, 64, None, BaseWeights(str(llama)))
-    mixture = Mixture(load_model(llama), Stack.of(teacher.adapters, modules))
+    mixture = Mixture(load_model(llama), stack_adapters(teacher.adapters, modules))
     found = mixture.logits(ROWS, teacher.router(torch.device("cpu")))
     prepare_bundle(bundle, modules, tmp_path / "prepared", hidden_size=64, max_rank=64)
     reference = Reference.load(load_model(llama), tmp_path / "prepared")
@@ -76,51 +74,18 @@ def test_bundles_whose_gates_no_linear_router_can_give_are_refused(
     assert why in caught.value.message
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_arrows_delta_is_pefts(top_k: int, temperature: float) -> None:
-    generator = torch.Generator().manual_seed(5)
-    parts = [
-        (torch.randn(4, 24, generator=generator), torch.randn(16, 4, generator=generator), scale)
-        for scale in (2.0, 1.0, 0.5)
-    ]
-    a = torch.cat([a for a, _, _ in parts])
-    b = torch.cat([b * scale for _, b, scale in parts], dim=1)
-    columns = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
-    stack = Stack(("x", "y", "z"), (StackedLinear("m", a, b, columns, torch.ones(3, dtype=torch.bool)),), 12)
-    x = torch.randn(2, 5, 24, generator=generator)
-    gates = ArrowRouter(stack, top_k, temperature).gates(0, x)
-    found = ((x @ a.T) * gates[..., columns]) @ b.T
-
-    config = ArrowConfig(top_k=top_k, router_temperature=temperature)
-    config.task_adapter_names, config.gks_adapter_names = [], []
-    peft = ArrowLoraLinearLayer(24, config)
-    lora_a, lora_b = nn.ModuleDict(), nn.ModuleDict()
-    for number, (down, up, _) in enumerate(parts):
-        lora_a[f"task_{number}"], lora_b[f"task_{number}"] = nn.Linear(24, 4, bias=False), nn.Linear(4, 16, bias=False)
-        lora_a[f"task_{number}"].weight.data, lora_b[f"task_{number}"].weight.data = down, up
-    peft.on_adapter_change(lora_a, lora_b)
-    # Its fifteen power iterations leave random matrices a few per cent short of the singular vector.
-    vectors = [peft.top_right_singular_vec_from_BA(down, up, iters=2000) for down, up, _ in parts]
-    peft.register_buffer("prototypes", torch.stack(vectors), persistent=False)
-    scaling = {f"task_{number}": scale for number, (_, _, scale) in enumerate(parts)}
-    with torch.no_grad():
-        expected = peft(x, lora_a, lora_b, nn.Identity(), scaling)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
 def test_an_adapter_that_lacks_a_linear_has_no_gate_there(llama: Path, tmp_path: Path) -> None:
     bundle, modules = tiny_bundle(tmp_path / "bundle", llama, adapters=ADAPTERS), linear_modules(str(llama))
     adapters = Teacher.read(bundle, modules, 64, None, BaseWeights(str(llama))).adapters
-    mixture = Mixture(load_model(llama), Stack.of(adapters, modules))
+    mixture = Mixture(load_model(llama), stack_adapters(adapters, modules))
     sums = []
 
     def look(place: int, x: torch.Tensor, gates: torch.Tensor) -> None:
-        present = mixture.stack.linears[place].present
+        present = mixture.stack.present(place)
         assert not gates[..., ~present].any()
         sums.append(gates.sum(-1))
 
-    mixture.logits(ROWS, ArrowRouter(mixture.stack, 3), look)
+    mixture.logits(ROWS, InputRouter(ArrowRouting.of(mixture.stack, list(adapters.values()))), look)
     assert not mixture.stack.even
     torch.testing.assert_close(torch.stack(sums), torch.ones(len(sums), 2, 14))
 
@@ -128,5 +93,5 @@ def test_an_adapter_that_lacks_a_linear_has_no_gate_there(llama: Path, tmp_path:
 def test_another_models_adapter_is_refused(llama: Path, adapters: dict[str, Path]) -> None:
     modules = {name.replace("self_attn", "attention"): shape for name, shape in linear_modules(str(llama)).items()}
     with pytest.raises(XloomError) as caught:
-        Stack.of({"words": read_lora(adapters["words"])}, modules)
+        stack_adapters({"words": read_lora(adapters["words"])}, modules)
     assert caught.value.code == "wrong_base"
