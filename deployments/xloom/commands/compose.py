@@ -63,6 +63,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         what = f"{what} (default: {getattr(_DEFAULTS, name):g})"
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=what)
 
+    option("fitted_rows", int, "N", "distil: on which the bundle's gates are fitted by least squares, before the steps")
     option("steps", int, "N", "of the training, or of learning a bundle's gates")
     option("batch", int, "ROWS", "of a step")
     option("length", int, "TOKENS", "of a row")
@@ -122,8 +123,8 @@ def _settings(named: str | None) -> Settings:
 def chosen(arguments: argparse.Namespace) -> Options:
     """The plan's options, those given on the command line in place of the defaults."""
     names = (
-        "routing", "depth", "size", "layerwise", "temperature", "steps", "tune", "batch", "length", "learning_rate",
-        "domain_share", "seed", "held_out_rows",
+        "routing", "depth", "size", "layerwise", "temperature", "fitted_rows", "steps", "tune", "batch", "length",
+        "learning_rate", "domain_share", "seed", "held_out_rows",
     )  # fmt: skip
     return Options(**{name: value for name in names if (value := getattr(arguments, name)) is not None})
 

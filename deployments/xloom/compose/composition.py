@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xloom.compose.bundle_writer import copy_adapters, write_router
 from xloom.compose.checkpoint import Checkpoint
+from xloom.compose.course import CHOSEN_BY, Course
 from xloom.compose.evaluation import Agreement, Figures, agreement, chosen_arrow, figures, ways
-from xloom.compose.learned import ClassifierRouter, LearnedRouter, LinearRouter
-from xloom.compose.losses import gate_loss, language_loss
+from xloom.compose.learned import LearnedRouter
 from xloom.compose.mixture import Mixture
 from xloom.compose.model import load_base
 from xloom.compose.plan import Plan
 from xloom.compose.router import BundleRouter, Router
 from xloom.compose.teacher import Teacher
 from xloom.compose.text import MIXED, Batches, Streams, held_out_rows, text_encoder
-from xloom.compose.training import SAVE_S, Phase, Told, train
+from xloom.compose.training import SAVE_S, Told, train
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.lora import LoraWeights, read_lora
 from xloom.mixtures.modules import linear_modules
@@ -32,7 +31,6 @@ from xloom.mixtures.stacking import stack_adapters
 from xloom.protocol import XloomError
 
 PIECE = 128  # tokens of one domain in a row that joins several
-TUNING = 0.5  # of the learning rate, after a distillation
 RECORD = "compose.json"  # what was asked for and what came of it, beside the router
 _HELD_OUT_TOKENS = 1 << 20  # read at most, of each text
 
@@ -85,10 +83,11 @@ def compose(plan: Plan, tokenizer: Any, listener: Listener | None = None, save_s
         raise XloomError("invalid_composition", message, f"Give --length {longest} or less.")
     listener.stage("Training")
     began = time.monotonic()
-    torch.manual_seed(options.seed)
-    router = made.router(plan).to(made.mixture.device)
-    router.look(made.mixture, batches.draw(-1)[0].to(made.mixture.device))
-    train(router, _phases(plan, made, router, batches), checkpoint, listener.step, save_s)
+    course = Course(made.mixture, made.teacher, batches, options)
+    router = course.router()
+    if checkpoint.load() is None:
+        course.begin(router)
+    train(router, course.phases(router), checkpoint, listener.step, save_s)
     seconds = time.monotonic() - began
     listener.stage("Writing")
     folders = plan.adapters if made.teacher is None else {
@@ -123,53 +122,12 @@ class _Parts:
         stack = stack_adapters(adapters, modules)  # a wrong base is known before the model is loaded
         return cls(Mixture(load_base(plan.base, plan.device), stack), list(adapters.values()), teacher)
 
-    def router(self, plan: Plan) -> LearnedRouter:
-        stack, options = self.mixture.stack, plan.options
-        if self.teacher is not None:
-            return self.teacher.student(stack, options.temperature)
-        if options.routing == "linear":
-            return LinearRouter(stack, temperature=options.temperature)
-        return ClassifierRouter(
-            stack,
-            self.mixture.config.hidden_size,
-            depth=options.depth,
-            size=options.size,
-            layerwise=options.layerwise,
-            temperature=options.temperature,
-        )
-
 
 def _hidden_size(plan: Plan) -> int:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(plan.base.source, revision=plan.base.revision)
     return int(config.get_text_config().hidden_size)
-
-
-def _phases(plan: Plan, made: _Parts, router: LearnedRouter, batches: Batches) -> list[Phase]:
-    options, mixture = plan.options, made.mixture
-
-    def language(first: int, share: float) -> Callable[[int], Tensor]:
-        def loss(step: int) -> Tensor:
-            ids, domains = (each.to(mixture.device) for each in batches.draw(first + step))
-            return language_loss(mixture, router, ids, domains, share)
-
-        return loss
-
-    if made.teacher is None:
-        loss = language(0, options.domain_share)
-        return [Phase("training the router", options.steps, options.learning_rate, loss)]
-    assert isinstance(router, LinearRouter)
-    student, bundle = router, made.teacher.router(mixture.device)
-
-    def gates(step: int) -> Tensor:
-        return gate_loss(mixture, student, bundle, batches.draw(step)[0].to(mixture.device))
-
-    peak, loss = options.learning_rate, language(options.steps, 0.0)
-    return [
-        Phase("learning the bundle's gates", options.steps, peak, gates),
-        Phase("tuning by the language model's loss", options.tune, peak * TUNING, loss),
-    ]
 
 
 def _judged(
@@ -183,7 +141,7 @@ def _judged(
 ) -> Composed:
     mixture = made.mixture
     stage("Choosing Arrow's top k and temperature on training text")
-    arrow = chosen_arrow(mixture, made.adapters, batches.draw(-2)[0])
+    arrow = chosen_arrow(mixture, made.adapters, batches.draw(CHOSEN_BY)[0])
     routers: dict[str, Router | None] = ways(mixture, arrow)
     bundle: BundleRouter | None = None
     if made.teacher is not None:

@@ -138,6 +138,10 @@ class LinearRouter(LearnedRouter):
         weight, bias = self.folded(place)
         return self._form.gates_of(linear(x.float(), weight), with_absent(bias, self._form.segments[place]))
 
+    def normalised(self, place: int, x: Tensor) -> Tensor:
+        """A linear's input `[..., in]` as `weights` and `biases` take it."""
+        return (x.float() - self.get_buffer(f"mean_{place}")) / self.get_buffer(f"deviation_{place}")
+
     def folded(self, place: int) -> tuple[Tensor, Tensor]:
         """R `[K, in]` and b `[K]` of one linear, for its input as it is."""
         mean, deviation = self.get_buffer(f"mean_{place}"), self.get_buffer(f"deviation_{place}")

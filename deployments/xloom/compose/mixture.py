@@ -48,7 +48,7 @@ class Mixture:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
 
-    def watch(self, ids: Tensor, router: Router | None, watch: Watcher) -> None:
+    def watch(self, ids: Tensor, router: Router | None, watch: Watcher | None = None) -> None:
         """Run the layers alone, without the logits, and show each linear's input and gates."""
         with torch.no_grad():
             if router is None:
@@ -60,6 +60,11 @@ class Mixture:
         """The base model's last hidden states `[batch, tokens, hidden]`, after the final norm."""
         return self._hidden(ids, None)
 
+    @torch.no_grad()
+    def scaling_hidden(self, ids: Tensor, router: Router) -> Tensor:
+        """The last hidden states `[batch, tokens, hidden]` of the scaling pass that a router asks for."""
+        return self._hidden(ids, _scaling_router(router))
+
     def _hidden(self, ids: Tensor, router: Router | None, watch: Watcher | None = None) -> Tensor:
         with self._under(ids, router, watch):
             inner: Any = self.model.base_model  # transformers: the model without its head
@@ -69,11 +74,7 @@ class Mixture:
     def _under(self, ids: Tensor, router: Router | None, watch: Watcher | None) -> Any:
         if router is None:
             return nullcontext()
-        hidden = None
-        if router.scaling_pass is not None:
-            with torch.no_grad():
-                hidden = self._hidden(ids, _scaling_router(router))
-        router.begin(hidden)
+        router.begin(None if router.scaling_pass is None else self.scaling_hidden(ids, router))
         return self._hooked(router, watch)
 
     @contextmanager

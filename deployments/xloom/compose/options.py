@@ -16,6 +16,7 @@ class Options:
     size: int = 256  # of its inner layers
     layerwise: bool = True  # gates of their own for each linear
     temperature: float = 1.0
+    fitted_rows: int = 32  # on which a bundle's gates are fitted by least squares; 0: none
     steps: int = 120
     tune: int = 0  # steps of language-model loss after a distillation
     batch: int = 4

@@ -67,7 +67,16 @@ class Plan:
 
     def _check_options(self) -> None:
         options = self.options
-        least = {"depth": 1, "size": 1, "steps": 0, "tune": 0, "batch": 1, "length": 16, "held_out_rows": 1}
+        least = {
+            "depth": 1,
+            "size": 1,
+            "steps": 0,
+            "fitted_rows": 0,
+            "tune": 0,
+            "batch": 1,
+            "length": 16,
+            "held_out_rows": 1,
+        }
         for name, lowest in least.items():
             if (value := getattr(options, name)) < lowest:
                 raise _wrong(name, value, f"It must be {lowest} or more.")

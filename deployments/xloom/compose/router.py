@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from xloom.mixtures.routing.inputs import InputRouting
 from xloom.mixtures.routing.xlora import XLoraRouting
+
+_SURE = 1e-6  # how near 0 and 1 a sigmoid's gate is told apart from them
 
 
 class Router(nn.Module):
@@ -60,6 +63,17 @@ class BundleRouter(Router):
         assert hidden is not None
         found = self._routing.gates(hidden.flatten(0, 1))
         self._gates = found.unflatten(0, hidden.shape[:2]) * self._weight
+
+    def logits(self, hidden: Tensor, activation: str) -> Tensor:
+        """The logits `[num_tokens, M or 1, K]` whose softmax or sigmoid are its gates, before any top k.
+
+        `hidden` `[batch, tokens, hidden]` are the scaling pass's.
+        """
+        rows = hidden.flatten(0, 1)
+        if activation == "softmax":
+            return self._routing.logits(rows) / self._routing.temperature
+        every = replace(self._routing, top_k=None, enable_softmax_topk=False)
+        return torch.logit(every.gates(rows) * self._weight, eps=_SURE)
 
     def scaling_gates(self, place: int) -> Tensor:
         """The constant gates `[K]` of the scaling pass."""

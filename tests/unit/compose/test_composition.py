@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.models import ATTENTION, MLP, load_model, peft_logits, peft_xlora, tiny_bundle
-from xloom.compose import composition
+from xloom.compose import course
 from xloom.compose.checkpoint import FILE
 from xloom.compose.composition import Composed, Listener, compose
 from xloom.compose.evaluation import perplexity
@@ -224,7 +224,7 @@ def test_a_loss_that_is_no_number_ends_the_training(plan: Plan, monkeypatch: pyt
     def nothing(*args: Any) -> torch.Tensor:
         return torch.tensor(float("nan"), requires_grad=True)
 
-    monkeypatch.setattr(composition, "language_loss", nothing)
+    monkeypatch.setattr(course, "language_loss", nothing)
     with pytest.raises(XloomError) as caught:
         done(plan)
     assert caught.value.code == "diverged"
