@@ -50,7 +50,7 @@ RUN ln -s /opt/xloom/src/deployments/xloom/sample /opt/xloom/sample \
        'xlora: [{name: blend, source: /opt/xloom/sample/blend}]' > /opt/xloom/settings.yaml
 WORKDIR /home/xloom
 EXPOSE 8000
-# For `docker run`; Kubernetes has the probes that KubeRay writes. A large model takes minutes to load.
+# For `docker run`; Kubernetes has the chart's probes. A large model takes minutes to load.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
     CMD wget -q -T 4 -O /dev/null http://127.0.0.1:8000/ready || exit 1
 ENTRYPOINT ["tini", "-g", "--"]

@@ -35,7 +35,7 @@ test: ## run the tests (TESTS=tests/unit for a part)
 
 abuse: ## hostile requests beside good streams, for some minutes
 	@$(INSTALL) cpu mistralrs isq dev
-	@ABUSE_ROUNDS=10 $(BIN)/python -m pytest tests/e2e/tiny/test_abuse.py
+	@ABUSE_ROUNDS=10 $(BIN)/python -m pytest -s tests/e2e/tiny/test_abuse.py
 
 matrix: ## test each combination of extras in an environment of its own (long)
 	@$(INSTALL) cpu mistralrs isq dev

@@ -7,7 +7,7 @@ import sys
 
 from .report import ROOT
 
-NAMES = ("engine", "http", "backends", "kv", "quantisation")
+NAMES = ("engine", "rows", "unused", "http", "backends", "kv", "quantisation")
 
 
 def main() -> int:

@@ -15,13 +15,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
 
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
@@ -29,72 +28,14 @@ from xloom.protocol import NO_OVERRIDES, Overrides
 from xloom.settings import SAMPLE
 
 from .machine import machine
+from .random_models import EXPERTS, LARGE, RANK, SEVEN_B, Shape, write_adapter, write_bundle, write_model
 
 ROOT = Path(__file__).parents[1]
-EXPERTS, RANK = 4, 16
-SHAPE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-}
+Adapters = dict[str, tuple[str, str]]  # name -> kind, prepared folder
 console = Console(stderr=True)
 
 
-def write_model(folder: Path) -> Path:
-    """A Mistral configuration; vLLM fills in random weights (`load_format: dummy`)."""
-    folder.mkdir()
-    config = {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "head_dim": SHAPE["hidden_size"] // SHAPE["num_attention_heads"],
-    }
-    (folder / "config.json").write_text(json.dumps(config | SHAPE))
-    return folder
-
-
-def write_adapter(folder: Path, linears: dict[str, tuple[int, int]], rank: int) -> Path:
-    """A random adapter on all of the decoder's linears."""
-    folder.mkdir(parents=True)
-    tensors = {}
-    for name, (out, width) in linears.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, width) / width**0.5
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, rank) * 0.02
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
-    return folder
-
-
-def write_bundle(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
-    """A random X-LoRA bundle with gates for each linear."""
-    for number in range(EXPERTS):
-        write_adapter(folder / str(number), linears, RANK)
-    outputs, hidden = EXPERTS * len(linears), SHAPE["hidden_size"]
-    key = "base_model.internal_xlora_classifier.layers.0"
-    tensors = {f"{key}.weight": torch.randn(outputs, hidden) / hidden**0.5, f"{key}.bias": torch.randn(outputs)}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "XLORA", "task_type": "CAUSAL_LM", "hidden_size": hidden, "xlora_depth": 1,
-        "adapters": {str(number): str(number) for number in range(EXPERTS)}, "layerwise_scalings": True,
-        "enable_softmax": True,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> dict[str, tuple[str, str]]:
+def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> Adapters:
     """What replicas load, by name: kind and folder. The plain adapter is of the mixtures' rank."""
     linears = linear_modules(str(model))
     hidden = json.loads((model / "config.json").read_text())["hidden_size"]
@@ -110,7 +51,7 @@ def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> dict[str, t
     }
 
 
-def as_before(adapters: dict[str, tuple[str, str]], out: Path) -> dict[str, tuple[str, str]]:
+def as_before(adapters: Adapters, out: Path) -> Adapters:
     """The same for a version that does not know of routing in one pass."""
     found = {name: given for name, given in adapters.items() if name != "single"}
     kind, folder = found["mixture"]
@@ -125,17 +66,30 @@ def as_before(adapters: dict[str, tuple[str, str]], out: Path) -> dict[str, tupl
 class Engine:
     """A process of `benchmarks.rows_engine`, with the package from one folder."""
 
-    def __init__(self, name: str, package: Path, options: dict[str, Any]) -> None:
-        self.name, self.adapters = name, options["adapters"]
-        path = os.pathsep.join([str(package), str(ROOT)])
+    def __init__(self, name: str, package: Path, options: dict[str, Any], environment: dict[str, str]) -> None:
+        self.name, self.adapters = name, {}
+        path = os.pathsep.join([str(package), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.rows_engine", json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | environment,
             text=True,
         )
-        self.pages = self._answer()["pages"]
+
+    def give(self, adapters: Adapters) -> None:
+        """What it is to serve; it may still be loading its model."""
+        self.adapters = adapters
+        self._say(adapters)
+
+    def wait(self) -> None:
+        """Until it is ready, with the adapters it was given."""
+        self._answer()
+
+    def _say(self, line: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(line) + "\n")
+        self._process.stdin.flush()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -147,15 +101,48 @@ class Engine:
 
     def run(self, **job: Any) -> dict[str, float]:
         """One burst of requests."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        self._say(job)
         return self._answer()
 
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model, and the load it is measured under."""
+
+    title: str
+    shape: Shape | None  # None: the sample
+    sessions: int
+    prompt: int  # tokens, as is `new`
+    new: int
+    engine: dict[str, Any]  # settings
+    single_stream: bool = False  # measured too
+
+
+PLAIN, BEFORE = "vLLM with LoRA", "before"
+RANDOM = {"load_format": "dummy", "skip_tokenizer_init": True}
+SCENARIOS = {
+    "large": Scenario("a model of 200 M parameters", LARGE, 16, 32, 40, {"dtype": "float32", "extra_args": RANDOM}),
+    "sample": Scenario("the sample", None, 48, 32, 96, {"dtype": "float32"}),
+    # Three engines share the GPU: the share is what vLLM wants free when it starts, the pages are given.
+    "gpu": Scenario(
+        "a model of Mistral 7B's shape, on a GPU",
+        SEVEN_B,
+        32,
+        128,
+        64,
+        {
+            "dtype": "bfloat16",
+            "paged_attention": {"gpu_memory_fraction": 0.27},
+            "extra_args": RANDOM | {"kv_cache_memory_bytes": 3 << 30},
+        },
+        single_stream=True,
+    ),
+}
 
 
 Found = dict[str, dict[str, dict[str, list[float]]]]  # engine -> case -> figure -> one value a round
@@ -168,38 +155,40 @@ class Case(NamedTuple):
     against: dict[str, int]
 
 
-def measure(engines: list[Engine], cases: dict[str, Case], rounds: int, *, prompt: int, new: int, label: str) -> Found:
-    """Each case, with the figures of what it is held against kept beside its own as `against: FIGURE`."""
-    found: Found = {engine.name: {} for engine in engines}
-    seeds = itertools.count()  # each burst has prompts of its own: none finds another's in the prefix cache
-    for turn in track(range(-1, rounds), label, console=console):
-        for case, (kinds, against) in cases.items():
-            for engine in engines if turn % 2 else reversed(engines):
-                if not {*kinds} - {"base"} <= {*engine.adapters}:
-                    continue
-                count = new if turn >= 0 else 8
-                alone = engine.run(kinds=against, prompt=prompt, new=count, seed=next(seeds))
-                answer = engine.run(kinds=kinds, prompt=prompt, new=count, seed=next(seeds))
-                if turn < 0:
-                    continue
-                figures = found[engine.name].setdefault(case, {})
-                for figure, value in answer.items():
-                    figures.setdefault(figure, []).append(value)
-                for figure, value in alone.items():
-                    figures.setdefault(f"against: {figure}", []).append(value)
-    return found
+def measure(engines: list[Engine], cases: dict[str, Case], turn: int, scenario: Scenario, found: Found) -> None:
+    """One round of all cases; what each is held against is kept beside its own as `against: FIGURE`. -1: unmeasured."""
+    seeds = itertools.count(1_000_000 * turn)  # prompts of its own for each burst: none finds another's cached
+    for case, (kinds, against) in cases.items():
+        for engine in engines if turn % 2 else reversed(engines):
+            if not {*kinds} - {"base"} <= {*engine.adapters}:
+                continue
+            burst = {"prompt": scenario.prompt, "new": scenario.new if turn >= 0 else 8}
+            alone = engine.run(kinds=against, seed=next(seeds), **burst)
+            answer = engine.run(kinds=kinds, seed=next(seeds), **burst)
+            if turn < 0:
+                continue
+            figures = found.setdefault(engine.name, {}).setdefault(case, {})
+            for figure, value in answer.items():
+                figures.setdefault(figure, []).append(value)
+            for figure, value in alone.items():
+                figures.setdefault(f"against: {figure}", []).append(value)
 
 
-def cases_of(total: int) -> dict[str, Case]:
+def cases_of(scenario: Scenario) -> dict[str, Case]:
     """Each kind alone, and base rows beside 1 and 4 of the mixture."""
+    total = scenario.sessions
     base = {"base": total}
-    return {
+    cases = {
         "adapter": Case({"adapter": total}, base),
         "mixture": Case({"mixture": total}, base),
         "base beside 1": Case({"base": total - 1, "mixture": 1}, base),
         "base beside 4": Case({"base": total - 4, "mixture": 4}, base),
         "single": Case({"single": total}, {"adapter": total}),
     }
+    if scenario.single_stream:
+        cases["adapter, 1 session"] = Case({"adapter": 1}, {"base": 1})
+        cases["mixture, 1 session"] = Case({"mixture": 1}, {"base": 1})
+    return cases
 
 
 def table(title: str, found: Found, cases: dict[str, Case], rounds: int) -> dict[str, Any]:
@@ -233,56 +222,76 @@ def table(title: str, found: Found, cases: dict[str, Case], rounds: int) -> dict
     return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
+def engines_of(which: str, model: Path, arguments: argparse.Namespace, work: Path) -> list[Engine]:
+    """The engines that take turns, loading."""
+    scenario = SCENARIOS[which]
+    engine = {"max_num_seqs": 64, "max_model_len": 1024, "max_adapters": 4} | scenario.engine
+    vocabulary = (scenario.shape or {"vocab_size": 4000})["vocab_size"]
+    options = {"model": str(model), "xlora": True, "rank": EXPERTS * RANK, "vocabulary": vocabulary, "engine": engine}
+    here = ROOT / "deployments"
+    engines = [Engine("now", here, options, {})]
+    if which == "gpu":
+        untuned = work / "untuned"
+        untuned.mkdir()
+        engines.append(Engine(PLAIN, here, options | {"xlora": False}, {"VLLM_TUNED_CONFIG_FOLDER": str(untuned)}))
+    if arguments.kernels:
+        engines.append(Engine("now, tuned here", here, options, {"VLLM_TUNED_CONFIG_FOLDER": str(arguments.kernels)}))
+    if arguments.before:
+        engines.append(Engine(BEFORE, arguments.before, options, {}))
+    return engines
+
+
+def make_ready(engines: list[Engine], adapters: Adapters, old: Path) -> None:
+    """Give each engine what it serves, and wait for all."""
+    for each in engines:
+        if each.name == PLAIN:
+            each.give({"adapter": adapters["adapter"]})
+        else:
+            each.give(as_before(adapters, old) if each.name == BEFORE else adapters)
+    for each in engines:
+        each.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="example: python -m benchmarks.rows --before ../xloom-0.1/deployments --json rows.json",
     )
     parser.add_argument("--before", type=Path, help="the package's folder in another version's tree")
+    parser.add_argument("--kernels", type=Path, help="on a GPU: a folder of `xloom tune --out`, for an engine more")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each case (%(default)s)")
-    parser.add_argument("--only", choices=["large", "sample"], help="one of the two models")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--only", choices=[*SCENARIOS], help="one of them (default: those for CPU)")
+    parser.add_argument("--case", action="append", metavar="NAME", help="this case alone; may be repeated")
+    parser.add_argument("--json", type=Path, help="write the result here, after each round too")
     arguments = parser.parse_args()
-    packages = {"now": ROOT / "deployments"} | ({"before": arguments.before} if arguments.before else {})
     tables, raw = [], {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for which in ("large", "sample"):
-            if arguments.only not in (None, which):
-                continue
-            if which == "large":
-                model = write_model(work / "model")
-                linears = {name: size for name, size in linear_modules(str(model)).items() if name != "lm_head"}
-                bundle = write_bundle(work / "bundle", linears)
-                adapter = write_adapter(work / "one", linears, EXPERTS * RANK)
-                total, new, vocabulary = 16, 40, SHAPE["vocab_size"]
-                extra = {"load_format": "dummy", "skip_tokenizer_init": True}
-            else:
-                model, bundle, adapter = SAMPLE / "base", SAMPLE / "blend", SAMPLE / "adapters" / "code"
-                total, new, vocabulary, extra = 48, 96, 4000, {}
+        for which in [arguments.only] if arguments.only else ["large", "sample"]:
+            scenario = SCENARIOS[which]
             (work / which).mkdir()
-            adapters = prepared(bundle, adapter, model, work / which)
-            options = {
-                "model": str(model), "xlora": True, "rank": EXPERTS * RANK, "vocabulary": vocabulary,
-                "adapters": adapters,
-                "engine": {
-                    "dtype": "float32", "max_num_seqs": 64, "max_model_len": 1024, "max_adapters": 4,
-                    "extra_args": extra,
-                },
-            }  # fmt: skip
-            before = options | {"adapters": as_before(adapters, work / which / "before")}
-            engines = [
-                Engine(name, package, before if name == "before" else options) for name, package in packages.items()
-            ]
-            cases = cases_of(total)
+            model, bundle, adapter = SAMPLE / "base", SAMPLE / "blend", SAMPLE / "adapters" / "code"
+            if scenario.shape:
+                model = write_model(work / "model", scenario.shape)
+            engines = engines_of(which, model, arguments, work)
+            every = cases_of(scenario)
+            cases = {name: case for name, case in every.items() if name in (arguments.case or every)}
+            raw[which] = found = {}
             try:
-                found = measure(engines, cases, arguments.rounds, prompt=32, new=new, label=which)
+                if scenario.shape:
+                    linears = {name: size for name, size in linear_modules(str(model)).items() if name != "lm_head"}
+                    bundle = write_bundle(work / "bundle", linears, scenario.shape["hidden_size"])
+                    adapter = write_adapter(work / "one", linears, EXPERTS * RANK)
+                make_ready(engines, prepared(bundle, adapter, model, work / which), work / which / "before")
+                for turn in track(range(-1, arguments.rounds), which, console=console):
+                    measure(engines, cases, turn, scenario, found)
+                    if arguments.json:
+                        arguments.json.write_text(json.dumps({"name": "rows", "machine": machine(), "raw": raw}))
             finally:
                 for engine in engines:
                     engine.close()
-            title = "a model of 200 M parameters" if which == "large" else "the sample"
-            tables.append(table(f"Rows of a mixture, {total} sessions on {title}", found, cases, arguments.rounds))
-            raw[which] = found
+            title = f"Rows of a mixture, {scenario.sessions} sessions on {scenario.title}"
+            tables.append(table(title, found, cases, arguments.rounds))
     result = {"name": "rows", "machine": machine(), "tables": tables, "raw": raw}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))

@@ -1,12 +1,13 @@
-"""One engine for `benchmarks.rows`, in a process of its own so that two versions of xloom can take turns.
+"""One engine for `benchmarks.rows` and `benchmarks.unused`, in a process of its own: versions of xloom can take turns.
 
-Reads jobs as lines of JSON from standard input, answers each with one. Started by `benchmarks.rows`.
+Reads lines of JSON from standard input, the adapters first and then jobs, and answers each with one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import statistics
@@ -27,9 +28,8 @@ class Driver:
         self._backend = backend
         self._left: set[str] = set()
         self._first: dict[str, float] = {}
-        self._end: dict[str, float] = {}
-        self._made: dict[str, int] = {}
-        self._decoding: tuple[float, dict[str, int]] | None = None  # when the last first token came, and tokens by then
+        self._times: dict[str, list[float]] = {}  # of each request's tokens
+        self._decoding: float | None = None  # when the last first token came
         self._done = asyncio.Event()
         self._count = self._count_now = 0
         self._pump = asyncio.create_task(self._read())
@@ -40,12 +40,11 @@ class Driver:
             for chunk in step:
                 if chunk.token_ids:
                     self._first.setdefault(chunk.request_id, now)
-                    self._made[chunk.request_id] = self._made.get(chunk.request_id, 0) + len(chunk.token_ids)
+                    self._times.setdefault(chunk.request_id, []).extend([now] * len(chunk.token_ids))
                 if chunk.finish_reason is not None:
-                    self._end[chunk.request_id] = now
                     self._left.discard(chunk.request_id)
             if self._decoding is None and len(self._first) == self._count_now:
-                self._decoding = now, dict(self._made)
+                self._decoding = now
             if not self._left:
                 self._done.set()
 
@@ -60,7 +59,7 @@ class Driver:
                 sampling = {"temperature": 0.0, "max_tokens": job["new"], "ignore_eos": True}
                 requests.append((kind, TokenRequest(f"rows-{self._count}", prompt, sampling, refs[kind])))
         draw.shuffle(requests)
-        self._first, self._end, self._made, self._decoding = {}, {}, {}, None
+        self._first, self._times, self._decoding = {}, {}, None
         self._count_now = len(requests)
         self._left = {request.request_id for _, request in requests}
         self._done.clear()
@@ -74,11 +73,10 @@ class Driver:
             self._pump.result()
         found = {"all": len(requests) * job["new"] / (time.perf_counter() - start)}
         assert self._decoding is not None
-        begun, made = self._decoding  # a row's speed is that of decoding, once no prompt is left
         for kind in job["kinds"]:
             ids = [request.request_id for each, request in requests if each == kind]
-            rates = [(job["new"] - made[each]) / (self._end[each] - begun) for each in ids if self._end[each] > begun]
-            found[f"row {kind}"] = statistics.median(rates)
+            steps = [_steps([time for time in self._times[each] if time >= self._decoding]) for each in ids]
+            found[f"row {kind}"] = 1 / statistics.median(step for step in steps if step)
             found[f"first {kind}"] = 1e3 * statistics.median(self._first[each] - start for each in ids)
         return found
 
@@ -87,18 +85,26 @@ class Driver:
         await self._backend.close()
 
 
+def _steps(times: list[float]) -> float:
+    """Seconds a token, once no prompt is left: the mean without the quickest and slowest tenth: no stalls."""
+    each = sorted(later - earlier for earlier, later in itertools.pairwise(times))
+    cut = len(each) // 10
+    return statistics.fmean(each[cut : len(each) - cut]) if each else 0.0
+
+
 async def serve(options: dict[str, Any]) -> None:
-    """Load the engine, then answer jobs until standard input ends."""
+    """Load the engine, take its adapters, then answer jobs until standard input ends."""
     engine = EngineSettings(**options["engine"])
     model = ModelSettings(source=options["model"])
     backend = await load_backend("vllm").load(model, engine, xlora=options["xlora"], max_lora_rank=options["rank"])
+    loop = asyncio.get_running_loop()
     refs: dict[str, AdapterRef | None] = {"base": None}
-    for name, (kind, folder) in options["adapters"].items():
+    given = await loop.run_in_executor(None, sys.stdin.readline)
+    for name, (kind, folder) in json.loads(given or "{}").items():
         refs[name] = AdapterRef(name, "bench", kind)
         await backend.add_adapter(refs[name], Path(folder))
     driver = Driver(backend)
     say({"pages": backend.stats().kv_pages_total})
-    loop = asyncio.get_running_loop()
     with contextlib.suppress(EOFError):
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             say(await driver.run(json.loads(line), refs, options["vocabulary"]))

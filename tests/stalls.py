@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,12 +31,12 @@ class Stalls:
 async def measured() -> AsyncIterator[Stalls]:
     """The stalls of this thread's event loop (asyncio's own) while the block runs."""
     stalls = Stalls()
-    original = asyncio.Handle._run
+    original, thread = asyncio.Handle._run, threading.get_ident()
 
     def run(handle: asyncio.Handle) -> None:
         began = time.thread_time()
         original(handle)
-        if (busy := time.thread_time() - began) > stalls.busy_s:
+        if (busy := time.thread_time() - began) > stalls.busy_s and threading.get_ident() == thread:
             stalls.busy_s, stalls.culprit = busy, repr(handle)
 
     async def tick() -> None:

@@ -13,7 +13,7 @@ NAMESPACE_MARK = "NAMESPACE"
 SERVICE_MARK = "RAYSERVICE"
 
 _HERE = f'namespace="{NAMESPACE_MARK}"'
-_GPU = f'kube_pod_container_resource_requests{{{_HERE},resource=~".*_com_gpu"}}'
+_GPU = f'kube_pod_container_resource_requests{{{_HERE},resource=~".*_com_(gpu|mig).*"}}'
 _READY = f'kube_endpoint_address{{{_HERE},endpoint="{SERVICE_MARK}-serve-svc",ready="true"}}'
 _UPGRADING = f'kuberay_service_condition_upgrade_in_progress{{{_HERE},name="{SERVICE_MARK}",condition="true"}}'
 

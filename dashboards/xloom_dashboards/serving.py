@@ -154,13 +154,15 @@ _TOKENS = Row("Tokens", (
             Query(SCOPE.quantile(0.9, upstream.ANSWER_LENGTH), "answer"),
         ),
     ),
-    Bars(
-        title="Tokens of the last day, by model", unit="short", width=24, height=6,
-        text="Prompt tokens and tokens sent, of the last 24 hours: what a day costs, by the name the client asked for.",
-        queries=(
-            Query(_of_a_day(table.PROMPT_TOKENS), "{{model}}, in"),
-            Query(_of_a_day(table.GENERATION_TOKENS), "{{model}}, out"),
-        ),
+    *(
+        Bars(
+            title=f"Tokens {way} of the last day, by model", unit="short", width=12,
+            text=f"{what} of the last 24 hours, by the name the client asked for.",
+            queries=(Query(_of_a_day(metric), "{{model}}"),),
+        )
+        for way, metric, what in (
+            ("in", table.PROMPT_TOKENS, "Prompt tokens"), ("out", table.GENERATION_TOKENS, "Tokens sent to clients"),
+        )
     ),
 ))  # fmt: skip
 

@@ -14,7 +14,7 @@ from xloom.adapters.wanted import wanted
 from xloom.engines.registry import backend_for
 from xloom.observability import traces
 from xloom.observability.logs import serve_logging
-from xloom.protocol import XloomError
+from xloom.protocol import INPUT_KINDS, XloomError
 from xloom.router.exposure import check_exposure
 from xloom.settings import Settings, parse_settings
 from xloom.vllm.front_end.argument_table import check_names
@@ -133,10 +133,15 @@ def run_time_rules(settings: Settings) -> SourceRules:
 
 
 def for_stored(settings: Settings, entries: tuple[Entry, ...]) -> Settings:
-    """The settings with which what is in the store is served: `enable_xlora: auto` counts its bundles too.
+    """The settings with which what is in the store is served: what is `auto` counts its bundles too.
 
     Raises `XloomError`, unsupported_by_backend among others, for bundles that would not be served.
     """
+    if settings.engine.input_gates == "auto":
+        kinds = {entry.ref.kind for entry in entries}
+        found = settings.input_gates_enabled or not kinds.isdisjoint(INPUT_KINDS)
+        engine = settings.engine.model_copy(update={"input_gates": found})
+        settings = settings.model_copy(update={"engine": engine})
     bundles = ", ".join(repr(entry.name) for entry in entries if entry.ref.is_mixture)
     if not bundles or settings.xlora_enabled:
         return settings

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 MIXTURES = ("xlora", "arrow", "fixed", "linear")  # kinds of mixture: where their gates come from
+INPUT_KINDS = ("arrow", "linear")  # those whose gates come from each linear's own input
 KINDS = ("lora", *MIXTURES)  # of what is served beside the base model
 
 

@@ -81,6 +81,8 @@ class EngineSettings(_Section):
     tensor_parallel_size: int = Field(1, ge=1)
     compile: bool = True  # False: eager mode
     enable_xlora: Literal["auto"] | bool = "auto"  # auto: when a bundle or mixture is configured
+    # On a GPU, the kernel that makes gates of a linear's input (arrow, linear); auto: when such a mixture is there.
+    input_gates: Literal["auto"] | bool = "auto"
     max_adapters: int = Field(8, ge=1)  # in a replica's slots; others wait in its memory, or on its node's disk
     max_lora_rank: Literal["auto"] | Rank = "auto"  # a bundle's rank is the sum of its adapters' ranks
     extra_args: dict[str, Any] = {}  # any other engine argument, passed through
@@ -185,10 +187,11 @@ class LimitSettings(_Section):
     prompt_characters: int = Field(524_288, ge=1)  # text of all prompts or messages of a request
     prompts: int = Field(128, ge=1)  # or conversations, of one request
     messages: int = Field(512, ge=1)
+    message_parts: int = Field(4096, ge=1)  # with the messages themselves and their calls of tools
     n: int = Field(128, ge=1)  # answers to a prompt
     sequences: int = Field(512, ge=1)  # prompts times n
     logprobs: int = Field(128, ge=0)  # candidates of one token
-    logprob_values: int = Field(65_536, ge=0)  # of prompts, or of several sequences, in one answer
+    logprob_values: int = Field(131_072, ge=1)  # in one answer: of its prompts, or of what is generated
     stop_strings: int = Field(64, ge=0)  # and as many bad words
     stop_characters: int = Field(1024, ge=1)  # of one of them
     logit_bias: int = Field(1024, ge=0)
@@ -353,6 +356,12 @@ class Settings(_Section):
             (each if each in known else each.rstrip("/").rpartition("/")[2].partition("@")[0]): known.get(each, each)
             for each in mixture.adapters
         }
+
+    @property
+    def input_gates_enabled(self) -> bool:
+        """Whether the settings ask for gates that are made of a linear's input."""
+        found = any(mixture.routing == "arrow" for mixture in self.mixtures)
+        return found if self.engine.input_gates == "auto" else self.engine.input_gates
 
     @property
     def xlora_enabled(self) -> bool:

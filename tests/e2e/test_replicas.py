@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
+
+from xloom.settings import ReplicaSettings
 
 from ..models import ADAPTERS, tiny_adapter, tiny_bundle
 from .served import ADMIN_KEY, API_KEY, STOP_S, TOKENS, Served, wait_until
@@ -26,8 +30,10 @@ KINDS = ["blend", "base", "alpha", "single"]
 SCALE_UP_S = 240.0  # an engine's start on a busy machine
 SCALE_DOWN_S = 90.0
 WORKERS = 12
-STREAMS = 6  # fewer than two replicas take at once: none waits for another to end
+STREAMS = 6  # as many as one replica takes at once: none waits for another to end
 LONG = 800  # tokens
+STUCK_S = ReplicaSettings().stuck_timeout_s
+SILENT_S = 60.0  # beyond that, of a stream: a starved watchdog counts only the time in which it ran itself
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def server(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             {"name": "blend", "source": str(weights.bundle)},
             {"name": "single", "source": str(gentle), "routing_passes": 1},
         ],
-        engine={"max_num_seqs": 4},
+        engine={"max_num_seqs": STREAMS},
         replicas={
             "min": 1,
             "max": 2,
@@ -126,11 +132,32 @@ def test_a_queue_brings_a_second_replica_and_calm_takes_it_away(server: Served) 
     assert {name: server.greedy(name, PROMPT, 32) for name in KINDS} == first
 
 
-def test_streams_of_a_killed_replica_go_on_unbroken(server: Served) -> None:
-    expected = {name: server.greedy(name, PROMPT, LONG) for name in KINDS}
+def kill_replica(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop_engine_core(pid: int) -> None:
+    core = next(each for each in psutil.Process(pid).children(recursive=True) if is_engine_core(each))
+    core.suspend()  # SIGSTOP: it is there, and holds its connections, and does nothing
+
+
+def is_engine_core(process: psutil.Process) -> bool:
+    return "EngineCore" in " ".join(process.cmdline())
+
+
+@pytest.fixture(scope="module")
+def expected(server: Served) -> dict[str, list[int]]:
+    return {name: server.greedy(name, PROMPT, LONG) for name in KINDS}
+
+
+@pytest.mark.parametrize(("strike", "silence_s"), [(kill_replica, SILENT_S), (stop_engine_core, STUCK_S + SILENT_S)])
+def test_streams_of_a_lost_replica_go_on_unbroken(
+    server: Served, expected: dict[str, list[int]], strike: Callable[[int], None], silence_s: float
+) -> None:
     with load(server):
         scale_up(server)
     received = dict.fromkeys(range(STREAMS), 0)
+    silences = dict.fromkeys(range(STREAMS), 0.0)  # each stream's longest, in seconds
 
     def stream(number: int) -> tuple[list[int], str | None]:
         tokens: list[int] = []
@@ -143,11 +170,14 @@ def test_streams_of_a_killed_replica_go_on_unbroken(server: Served) -> None:
             stream=True,
             extra_body=TOKENS,
         ) as chunks:
+            last = time.monotonic()
             for chunk in chunks:
                 for choice in chunk.choices:
                     tokens += (choice.model_extra or {}).get("token_ids") or []
                     finish = choice.finish_reason or finish
                 received[number] = len(tokens)
+                now = time.monotonic()
+                silences[number], last = max(silences[number], now - last), now
         return tokens, finish
 
     def all_run() -> bool:
@@ -157,13 +187,14 @@ def test_streams_of_a_killed_replica_go_on_unbroken(server: Served) -> None:
         streams = [pool.submit(stream, number) for number in range(STREAMS)]
         wait_until(all_run, 60, "streams on both replicas")
         victim = replicas(server)[0]
-        os.kill(victim["pid"], signal.SIGKILL)
-        at_kill = list(received.values())
+        strike(victim["pid"])
+        at_strike = list(received.values())
         answers = [each.result(180) for each in streams]
 
-    assert 0 < min(at_kill) <= max(at_kill) < LONG
+    assert 0 < min(at_strike) <= max(at_strike) < LONG
     assert answers == [(expected[KINDS[number % len(KINDS)]], "length") for number in range(STREAMS)]
-    assert victim["id"] not in {replica["id"] for replica in server.status()["replicas"]}
+    assert max(silences.values()) < silence_s
+    wait_until(lambda: victim["id"] not in {each["id"] for each in server.status()["replicas"]}, 60, "it is given up")
 
 
 def test_ctrl_c_amid_a_stream_ends_everything_in_time(server: Served) -> None:

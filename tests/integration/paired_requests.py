@@ -223,8 +223,8 @@ class Asked:
 
 def ask(served: Served, draw: random.Random, heads: list[list[int]], dialogues: list[tuple[str, list[int]]]) -> Asked:
     """One random request; some go on with a dialogue, whose answer then is prompt."""
-    kinds = ["base", "blend0", "blend0", "blend1", "adapter", "one", "one", "lagged", "arrow", "heavy", "light"]
-    kind = draw.choice(kinds)
+    pairs = ["blend0", "blend0", "blend0", "blend1", "blend1"]  # enough that they are preempted
+    kind = draw.choice(["base", "adapter", "one", "one", "lagged", "arrow", "heavy", "light", *pairs])
     head = draw.choice([*heads, [], [], []])
     prompt = head[: draw.choice([33, 64, 70])] + [draw.randrange(5, 250) for _ in range(draw.randrange(1, 24))]
     if dialogues and draw.random() < 0.3:

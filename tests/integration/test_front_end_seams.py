@@ -15,6 +15,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 import vllm
+from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 from vllm import envs, platforms
 from vllm.config import VllmConfig
@@ -24,8 +25,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.chat_completion import api_router
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
+from vllm.entrypoints.openai.responses.context import SimpleContext
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
 from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -36,6 +43,7 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tasks import SupportedTask
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine import (
     FINISH_REASON_STRINGS,
     EngineCoreEvent,
@@ -47,6 +55,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.executor import Executor
@@ -65,6 +74,7 @@ from xloom.vllm import front_end
 from xloom.vllm.front_end.app import ServedModels, build_front_end, coded_error_response
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.engine_client import _SHARED_ARGS, RequestError, RoutedEngineClient, front_end_config
+from xloom.vllm.front_end.large_answers import _ROUTES, WrittenResponse
 from xloom.vllm.metrics import _UNKNOWN_TO_ROUTERS, LEFT_OUT, RequestStatLogger
 
 # What `AsyncLLM` asks of its core client besides, in methods that no route of ours reaches.
@@ -83,6 +93,7 @@ SIGNATURES: dict[Any, list[str]] = {
     make_arg_parser: ["parser"],
     validate_parsed_serve_args: ["args"],
     ToolParserManager.import_tool_parser: ["plugin_path"],
+    merge_async_iterators: ["iterators"],
     CpuPlatform.is_unspecified: ["self"],
     create_error_response: ["message", "err_type", "status_code", "param"],
     SamplingParams._validate_structured_outputs: ["self", "model_config", "structured_outputs_config", "tokenizer"],
@@ -116,6 +127,7 @@ SIGNATURES: dict[Any, list[str]] = {
     RayPrometheusStatLogger.record_sleep_state: ["self", "sleep", "level"],
     RayPrometheusStatLogger.log_engine_initialized: ["self"],
     ray_wrappers._get_replica_id: [],
+    LogprobsProcessor._update_prompt_logprobs: ["self", "prompt_logprobs_tensors"],
     PrefixCacheStats.record: ["self", "num_tokens", "num_hits", "preempted", "hits_by_source"],
 }
 
@@ -316,3 +328,56 @@ async def test_the_application_serves_our_models_and_our_errors(engine: RoutedEn
     [card] = (await models.show_available_models()).data
     assert card.model_dump()["kind"] == "base"  # cards keep extra fields
     assert "sagemaker_standards_bootstrap" in launcher.build_app.__code__.co_names
+
+
+@pytest.mark.parametrize(
+    ("make", "results"),
+    [
+        (OpenAIServingChat.chat_completion_full_generator, ["request", "result_generator"]),
+        (OpenAIServingChatBatch.chat_completion_full_generator_batch, ["request", "generators"]),
+        (
+            OpenAIServingResponses.responses_full_generator,
+            ["request", "sampling_params", "result_generator", "context"],
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_answer_awaits_nothing_once_its_results_are_there(make: Any, results: list[str]) -> None:
+    """But, of Responses, the sessions of tools before them and the lock of answers that are stored."""
+    assert list(inspect.signature(make).parameters)[1 : 1 + len(results)] == results
+    source = inspect.getsource(make)
+    assert source.count("async for ") == 1
+    allowed = (
+        "await self._initialize_tool_sessions(",
+        "async with AsyncExitStack()",
+        "async with self.response_store_lock",
+    )
+    for known in allowed if make is OpenAIServingResponses.responses_full_generator else ():
+        source = source.replace(known, "")
+    assert "await " not in source
+    assert "async with " not in source
+
+
+def test_a_context_without_tools_begins_no_session() -> None:
+    source = inspect.getsource(SimpleContext.init_tool_sessions)
+    assert source.rstrip().endswith("pass")
+
+
+def test_a_completion_is_what_its_results_were_made_into() -> None:
+    source = inspect.getsource(OpenAIServingCompletion._create_completion)
+    assert source.count("response = self.request_output_to_completion_response(") == 1
+    assert source.rstrip().endswith("return response")
+    handed_on = inspect.getsource(OpenAIServingCompletion.create_completion)
+    assert "return await self._with_kv_transfer_rejection_cleanup(" in handed_on
+
+
+def test_answers_are_written_by_the_routes_own_name() -> None:
+    assert api_router in _ROUTES
+    for module in _ROUTES:
+        assert module.JSONResponse in (JSONResponse, WrittenResponse)
+        assert "return JSONResponse(" in inspect.getsource(module)
+
+
+def test_a_router_says_how_many_outputs_are_processed_at_once() -> None:
+    assert "chunk_size = envs.VLLM_V1_OUTPUT_PROC_CHUNK_SIZE" in inspect.getsource(AsyncLLM._run_output_handler)
+    assert "self._update_prompt_logprobs(" in inspect.getsource(LogprobsProcessor.update_from_output)

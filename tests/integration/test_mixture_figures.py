@@ -25,7 +25,16 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "one-gate-a-token": {"layerwise": False},
     "top-2": {"top_k": 2, "scaling_pass_value": 0.3},
     "gated": {"mixing_mode": "gated"},
+    "one-pass": {},
+    "lagged": {},
 }
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "one-pass": {"routing_passes": 1},
+    "lagged": {"routing_passes": 1, "prefill": "lagged"},
+}
+# The scaling sequence's step and the request's own, for the prompt and for each token that follows it; with routing in
+# one pass for the prompt at most.
+STEPS = {"one-pass": NEW_TOKENS + 1}
 
 
 @pytest.fixture(scope="module")
@@ -60,27 +69,30 @@ def test_figures_are_those_of_the_references_gates_on_the_same_tokens(
     options = BUNDLES[variant]
     bundle = tiny_bundle(folder / variant, engine.model, seed=3, **options)
     prepared = folder / f"{variant}-prepared"
-    ref = engine.bundle(variant, bundle, prepared)
+    ref = engine.bundle(variant, bundle, prepared, **OVERRIDES.get(variant, {}))
 
     answer = engine.generate(PROMPT, ref, max_tokens=NEW_TOKENS)
     figures = growth(engine, ROUTED)
 
     (found,) = figures.bundles
     reference = Reference.load(load_model(engine.model), prepared)
-    gates = reference.gates(PROMPT + answer.tokens[:-1])
+    gates = reference.gates(PROMPT + answer.tokens[:-1], len(PROMPT))
     assert (found.name, found.tokens) == (variant, ROUTED)
     means = {name: total / ROUTED for name, total in found.gates.items()}
     expected = dict(zip(reference.routing.adapter_names, gates.mean((0, 1)).tolist(), strict=True))
     assert means == pytest.approx(expected, abs=1e-3)
-    shares = gates / gates.sum(-1, keepdim=True)
+    shares = (gates / gates.sum(-1, keepdim=True)).nan_to_num()  # a lagged prompt's first token has no gates
     entropy = -shares.xlogy(shares).sum(-1).mean().item()
     assert found.entropy / ROUTED == pytest.approx(entropy, abs=1e-3)
     assert 0 < entropy < math.log(len(expected))
     if variant in ("softmax", "one-gate-a-token"):
         assert sum(means.values()) == pytest.approx(1, abs=1e-4)
-    # The scaling sequence's step and the request's own, for the prompt and for each token that follows it.
-    assert figures.steps == 2 * NEW_TOKENS
-    assert 0 < figures.scaling_seconds < figures.seconds
+    if variant == "lagged":  # a step for each segment of the prompt, none of a scaling sequence
+        assert figures.steps > NEW_TOKENS
+        assert figures.scaling_seconds == 0
+    else:
+        assert figures.steps == STEPS.get(variant, 2 * NEW_TOKENS)
+        assert 0 < figures.scaling_seconds < figures.seconds
     assert 0 < figures.routing_seconds < figures.seconds - figures.scaling_seconds
 
 

@@ -25,6 +25,13 @@ def test_bundles_left_in_the_store_count_as_those_of_the_settings() -> None:
     assert for_stored(plain, (ADAPTER, BUNDLE)).xlora_enabled
 
 
+@pytest.mark.parametrize(("kind", "found"), [("lora", False), ("xlora", False), ("arrow", True), ("linear", True)])
+def test_a_gpu_has_the_kernel_for_gates_of_inputs_where_a_mixture_in_the_store_needs_it(kind: str, found: bool) -> None:
+    entry = Entry("any", kind, "3" * 64, 8, ("q_proj",), 1, "./any")
+    assert for_stored(settings(backend="vllm"), (entry,)).engine.input_gates is found
+    assert for_stored(settings(backend="vllm", input_gates=not found), (entry,)).engine.input_gates is not found
+
+
 def test_bundles_left_in_the_store_are_refused_by_name_where_mixtures_are_off() -> None:
     with pytest.raises(XloomError, match="'blend'") as caught:
         for_stored(settings(backend="vllm", enable_xlora=False), (ADAPTER, BUNDLE))

@@ -98,7 +98,9 @@ def chosen(settings: Settings, only: Sequence[str] | None) -> Settings:
     mixtures = [entry for entry in settings.mixtures if entry.name in only]
     mixed = {name for entry in mixtures for name in entry.adapters}
     # Ready for mixtures as the whole deployment is: with them left out it might be another engine.
-    engine = settings.engine.model_copy(update={"enable_xlora": settings.xlora_enabled})
+    engine = settings.engine.model_copy(
+        update={"enable_xlora": settings.xlora_enabled, "input_gates": settings.input_gates_enabled}
+    )
     return settings.model_copy(
         update={
             "engine": engine,

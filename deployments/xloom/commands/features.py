@@ -22,9 +22,10 @@ BACKENDS = {
 }
 # MiB with the core and all that each requires, on Linux x86_64 and CPU: the benchmark `backends` measures it.
 INSTALL_MIB: Mapping[str, int] = {"vllm": 2573, "transformers": 1067, "mistralrs": 106}
-# Where the tests of a backend were run as it is now; what is said of other devices is "not run". docs/gpu.md tells what
-# was seen of vLLM on a GPU before X-LoRA was served by scaling sequences.
-RAN: Mapping[str, tuple[Device, ...]] = {"vllm": ("cpu",), "transformers": ("cpu",), "mistralrs": ("cpu",)}
+# Where a backend was run as it is now, and where its quantising was; what is said of other devices is "not run".
+# docs/gpu.md tells what was seen of vLLM on a GPU.
+RAN: Mapping[str, tuple[Device, ...]] = {"vllm": ("cpu", "cuda"), "transformers": ("cpu",), "mistralrs": ("cpu",)}
+ISQ_RAN: Mapping[str, tuple[Device, ...]] = dict.fromkeys(RAN, ("cpu",))
 DEVICES: Mapping[Device, str] = {"cpu": "CPU", "cuda": "CUDA", "metal": "Metal"}
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
 
@@ -33,6 +34,7 @@ def rows(
     capabilities: Mapping[str, Capabilities],
     install_mib: Mapping[str, int],
     ran: Mapping[str, tuple[Device, ...]],
+    isq_ran: Mapping[str, tuple[Device, ...]],
 ) -> list[list[str]]:
     """The matrix, its head first: a row for each feature, a column for each backend; "yes" for what was run alone."""
 
@@ -44,7 +46,7 @@ def rows(
     table.append(["PagedAttention", *(yes(can.paged_attention) for can in capabilities.values())])
     table.append(["X-LoRA", *(_where(can.xlora, ran.get(name, ())) for name, can in capabilities.items())])
     table += [
-        [f"ISQ, `{method}`", *(_isq(can, method, ran.get(name, ())) for name, can in capabilities.items())]
+        [f"ISQ, `{method}`", *(_isq(can, method, isq_ran.get(name, ())) for name, can in capabilities.items())]
         for method in get_args(IsqMethod)
     ]
     table += [
@@ -101,7 +103,7 @@ def matrix() -> str:
             capabilities[name] = load_backend(entry).capabilities()
         except XloomError:
             continue  # not in this installation
-    head, *body = rows(capabilities, INSTALL_MIB, RAN)
+    head, *body = rows(capabilities, INSTALL_MIB, RAN, ISQ_RAN)
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

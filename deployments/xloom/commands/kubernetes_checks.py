@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from xloom.protocol import XloomError
 from xloom.settings_file import read_settings_file
 
 LEAST = (1, 29)  # Chart.yaml's kubeVersion
+CHART_FIELDS = {"authOptions": "secretName", "gcsFaultToleranceOptions": "backend"}  # KubeRay 1.7's
 TIMEOUT_S = 15
 MONITORS = "https://github.com/prometheus-operator/prometheus-operator"
 KUBERAY = (
@@ -22,6 +24,10 @@ KUBERAY = (
 )
 
 Values = dict[str, Any]
+
+
+class Forbidden(Exception):
+    """This user may not ask for it; the message is the API server's."""
 
 
 class Kubectl:
@@ -33,7 +39,7 @@ class Kubectl:
     def get(self, *what: str) -> dict[str, Any] | None:
         """What `kubectl get` gives, in the namespace; None where there is nothing of the name.
 
-        Raises `XloomError` (no_cluster) when no cluster answers, or this user may not ask.
+        Raises `XloomError` (no_cluster) when no cluster answers, and `Forbidden`.
         """
         return self._json("get", *what, "-n", self.namespace)
 
@@ -58,11 +64,15 @@ class Kubectl:
         said = done.stderr.strip().splitlines()[-1:] or ["it failed"]
         if "(NotFound)" in said[0] or "doesn't have a resource type" in said[0]:
             return None
+        if "(Forbidden)" in said[0]:
+            raise Forbidden(said[0].partition("(Forbidden): ")[2])
         raise _no_cluster(f"kubectl {' '.join(arguments[:2])}: {said[0]}")
 
 
 def _no_cluster(what: str) -> XloomError:
-    return XloomError("no_cluster", f"{what}.", "Install kubectl and set KUBECONFIG, or look with another context.")
+    return XloomError(
+        "no_cluster", f"{what.rstrip('.?')}.", "Install kubectl and set KUBECONFIG, or look with another context."
+    )
 
 
 def examine_cluster(namespace: str, values: Path | None) -> list[Finding]:
@@ -71,14 +81,21 @@ def examine_cluster(namespace: str, values: Path | None) -> list[Finding]:
         raise _no_cluster("kubectl is not installed here")
     given = read_settings_file(values) if values is not None else {}
     kubectl = Kubectl(namespace)
-    return [
-        check_version(kubectl.version()),
-        *check_kuberay(kubectl),
-        *check_secrets(kubectl, given),
-        check_storage(kubectl, given),
-        *check_gpus(kubectl, given),
-        *check_kinds(kubectl, given),
-    ]
+    found: list[Finding] = []
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "kubernetes": lambda: [check_version(kubectl.version())],
+        "kuberay": lambda: check_kuberay(kubectl),
+        "secrets": lambda: check_secrets(kubectl, given),
+        "storage": lambda: [check_storage(kubectl, given)],
+        "gpus": lambda: check_gpus(kubectl, given),
+        "kinds": lambda: check_kinds(kubectl, given),
+    }
+    for name, check in checks.items():
+        try:
+            found += check()
+        except Forbidden as error:  # as users of one namespace alone may not look at nodes
+            found.append(Finding(name, "warn", str(error), "Ask whoever runs the cluster, or use another context."))
+    return found
 
 
 def check_version(version: tuple[int, int]) -> Finding:
@@ -89,15 +106,25 @@ def check_version(version: tuple[int, int]) -> Finding:
     return Finding("kubernetes", "fail", f"{text} is older than 1.29", "Upgrade the cluster.")
 
 
+def missing_fields(schema: dict[str, Any]) -> list[str]:
+    """Fields of a Ray cluster that the chart sets and a RayService's schema does not have: an older CRD drops them."""
+    below: dict[str, Any] = schema
+    for name in ("spec", "rayClusterConfig"):
+        below = below.get("properties", {}).get(name, {})
+    found = below.get("properties", {})
+    parts = {part: found.get(part, {}).get("properties", {}) for part in CHART_FIELDS}
+    return [f"{part}.{CHART_FIELDS[part]}" for part, fields in parts.items() if CHART_FIELDS[part] not in fields]
+
+
 def check_kuberay(kubectl: Kubectl) -> list[Finding]:
     """KubeRay's CRD, with the version the chart uses, and its operator, wherever it runs."""
     crd = kubectl.get("crd", "rayservices.ray.io")
-    served = [each["name"] for each in (crd or {}).get("spec", {}).get("versions", []) if each.get("served")]
-    if "v1" not in served:
+    versions = (crd or {}).get("spec", {}).get("versions", [])
+    served = [each for each in versions if each.get("served") and each["name"] == "v1"]
+    if not served:
         return [Finding("kuberay", "fail", "there is no RayService of version v1", KUBERAY)]
-    # A field of KubeRay 1.7's, which an older CRD would drop in silence.
-    if '"authOptions"' not in json.dumps(crd):
-        detail = "the RayService's CRD is older than 1.7, and Helm does not upgrade it"
+    if missing := missing_fields(served[0].get("schema", {}).get("openAPIV3Schema", {})):
+        detail = f"the RayService's CRD is older than 1.7 (it has no {missing[0]}), and Helm does not upgrade it"
         return [Finding("kuberay", "fail", detail, KUBERAY.partition(" && ")[0])]
     selector = "app.kubernetes.io/component=kuberay-operator"
     found = (kubectl.get("deployments", "--all-namespaces", "-l", selector) or {}).get("items", [])
@@ -108,18 +135,28 @@ def check_kuberay(kubectl: Kubectl) -> list[Finding]:
     return [Finding("kuberay", "ok", ", ".join(images))]
 
 
+def wanted_secrets(values: Values) -> dict[str, list[str]]:
+    """The entries that pods read, by the Secret's name. One Secret may hold several parts' entries."""
+    auth, hub = values.get("auth", {}), values.get("hub", {})
+    redis, ray = values.get("gcsFaultTolerance", {}), values.get("rayAuth", {})
+    parts = [(auth.get("existingSecret", "xloom-keys"), [auth.get("apiKey", "api-key")])]
+    parts.append((hub.get("existingSecret", ""), [hub.get("tokenKey", "token")]))
+    if redis.get("enabled"):
+        entries = [redis.get("passwordKey", "password"), redis.get("usernameKey", "")]
+        parts.append((redis.get("existingSecret", ""), [each for each in entries if each]))
+    if ray.get("mode", "token") == "token":
+        parts.append((ray.get("existingSecret", ""), ["auth_token"]))
+    found: dict[str, list[str]] = {}
+    for name, entries in parts:
+        if name:
+            found.setdefault(name, []).extend(entries)
+    return found
+
+
 def check_secrets(kubectl: Kubectl, values: Values) -> list[Finding]:
     """The Secrets that pods wait for, with the entries they read."""
-    auth, hub = values.get("auth", {}), values.get("hub", {})
-    redis = values.get("gcsFaultTolerance", {})
-    wanted = {auth.get("existingSecret", "xloom-keys"): [auth.get("apiKey", "api-key")]}
-    wanted[hub.get("existingSecret", "")] = [hub.get("tokenKey", "token")]
-    if redis.get("enabled"):
-        wanted[redis.get("existingSecret", "")] = [redis.get("passwordKey", "password")]
     findings = []
-    for name, entries in wanted.items():
-        if not name:
-            continue
+    for name, entries in wanted_secrets(values).items():
         found = kubectl.get("secret", name)
         missing = [entry for entry in entries if entry not in (found or {}).get("data", {})]
         literals = " ".join(f"--from-literal={entry}=..." for entry in entries)

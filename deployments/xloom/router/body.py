@@ -107,6 +107,8 @@ def _check_fields(fields: dict[str, Any], limits: LimitSettings, tokens: int) ->
     prompts, messages = _prompts(fields), _messages(fields)
     _limit(prompts, limits.prompts, "prompts in one request", "prompts")
     _limit(messages, limits.messages, "messages in one request", "messages")
+    parts = sum(_objects(fields[name]) for name in _TEXTS if name in fields)
+    _limit(parts, limits.message_parts, "messages, parts of them and calls of tools", "message_parts")
     n = max([1, *_numbers(fields, ("n", "best_of"))])
     _limit(n, limits.n, "answers to one prompt (`n`)", "n")
     _limit(prompts * n, limits.sequences, "sequences (prompts times `n`)", "sequences")
@@ -153,16 +155,17 @@ def _check_structured(wanted: Any) -> None:
 
 
 def _logprobs(fields: dict[str, Any], sequences: int, prompt: int) -> int:
-    """How many log-probabilities one answer may hold: of prompts of so many tokens, and of what several sequences get.
+    """How many log-probabilities one answer may hold: of prompts of so many tokens, and of what is generated.
 
-    They are made into JSON in one go, 10 us for each, while all other requests wait.
+    Each takes 4 us and 1 kB until it is JSON. Those of a prompt that a stream echoes become JSON in one go.
     """
     sampled = max([-1, *_numbers(fields, ("logprobs", "top_logprobs")), 0 if fields.get("logprobs") is True else -1])
+    sampled = max(sampled, len(listed) if isinstance(listed := fields.get("logprob_token_ids"), list) else -1)
     of_prompt = max([-1, *_numbers(fields, ("prompt_logprobs",)), sampled if fields.get("echo") is True else -1])
     length = max([16, *_numbers(fields, ("max_tokens", "max_completion_tokens", "max_output_tokens"))])
     copies = max([1, *_numbers(fields, ("n", "best_of"))])
-    generated = sequences * length * (sampled + 1) if sequences > 1 else 0  # of one it is what it turns out to be
-    return max(generated, prompt * copies * (of_prompt + 1))
+    generated = sequences * length * (sampled + 1)  # where no length is given, the engine client sets one
+    return max(generated, prompt * copies * (of_prompt + 1) * (16 if fields.get("stream") is True else 1))
 
 
 def _characters(value: Any) -> int:
@@ -174,6 +177,20 @@ def _characters(value: Any) -> int:
             total += len(each)
         elif isinstance(each, list):
             if each and type(each[0]) is not int:  # token ids are no text
+                rest.extend(each)
+        elif isinstance(each, dict):
+            rest.extend(each.values())
+    return total
+
+
+def _objects(value: Any) -> int:
+    """Of all lists in a value."""
+    total, rest = 0, [value]
+    while rest:
+        each = rest.pop()
+        if isinstance(each, list):
+            if each and type(each[0]) is not int:
+                total += sum(isinstance(entry, dict) for entry in each)
                 rest.extend(each)
         elif isinstance(each, dict):
             rest.extend(each.values())

@@ -18,7 +18,7 @@
 {{- end -}}
 
 {{- define "xloom.selectorLabels" -}}
-app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 }}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
@@ -34,9 +34,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{/* All labels of an object, the user's over the chart's. Arguments: dict "root" $ "more" LABELS. */}}
 {{- define "xloom.labelsWith" -}}
 {{- $labels := include "xloom.selectorLabels" .root | fromYaml -}}
-{{- $_ := set $labels "app.kubernetes.io/version" (toString .root.Chart.AppVersion) -}}
+{{- $_ := set $labels "app.kubernetes.io/version" (.root.Chart.AppVersion | replace "+" "_" | trunc 63) -}}
 {{- $_ := set $labels "app.kubernetes.io/managed-by" .root.Release.Service -}}
-{{- $_ := set $labels "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version) -}}
+{{- $_ := set $labels "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-") -}}
 {{- mergeOverwrite $labels (deepCopy .root.Values.commonLabels) (deepCopy .more) | toYaml -}}
 {{- end -}}
 
@@ -66,10 +66,16 @@ server refuses two. Arguments: dict "key" KEY "base" LIST "over" LIST.
 {{- default (printf "%s-worker" (include "xloom.fullname" .)) .Values.serviceAccount.workerName -}}
 {{- end -}}
 
-{{- define "xloom.image" -}}
+{{/* Which image: for GPUs where a group has some. */}}
+{{- define "xloom.variant" -}}
 {{- $variant := "cpu" -}}
 {{- range .Values.workerGroups }}{{ if gt (int (default 0 .gpus)) 0 }}{{ $variant = "cuda" }}{{ end }}{{ end -}}
-{{- printf "%s:%s" .Values.image.repository (default (printf "%s-%s" .Chart.AppVersion $variant) .Values.image.tag) -}}
+{{- $variant -}}
+{{- end -}}
+
+{{- define "xloom.image" -}}
+{{- $tag := printf "%s-%s" .Chart.AppVersion (include "xloom.variant" .) -}}
+{{- printf "%s:%s" .Values.image.repository (default $tag .Values.image.tag) -}}
 {{- end -}}
 
 {{- define "xloom.cacheClaim" -}}

@@ -64,6 +64,10 @@ seccompProfile:
 - {name: RAY_worker_niceness, value: "0"}
 # A router has no GPU, but vLLM in it must recognise the platform (Ray 2.60).
 - {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}
+{{- if and (not (default 0 .group.gpus | int)) (eq (include "xloom.variant" .root) "cuda") }}
+# The image asks for all GPUs of a node; without this, NVIDIA's runtime shows them to pods that requested none.
+- {name: NVIDIA_VISIBLE_DEVICES, value: void}
+{{- end }}
 {{- if eq .root.Values.rayAuth.mode "disabled" }}
 - {name: RAY_AUTH_MODE, value: disabled}
 {{- end }}

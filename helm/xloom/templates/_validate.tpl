@@ -64,8 +64,8 @@
 {{- if lt (include "xloom.port" . | int) 1024 -}}
 {{- fail (printf "settings.router.port is %s, which a pod without root can't listen at. Use 8000, or another above 1023." (include "xloom.port" .)) -}}
 {{- end -}}
-{{- if has (include "xloom.port" . | int) (list 6379 8080 8265 10001 52365) -}}
-{{- fail (printf "settings.router.port %s is one of Ray's own ports. Use 8000, or another that is not 6379, 8080, 8265, 10001 or 52365." (include "xloom.port" .)) -}}
+{{- if has (include "xloom.port" . | int) (list 6379 8080 8265 10001 44217 44227 52365) -}}
+{{- fail (printf "settings.router.port %s is one of Ray's own ports. Use 8000, or another that is not 6379, 8080, 8265, 10001, 44217, 44227 or 52365." (include "xloom.port" .)) -}}
 {{- end -}}
 {{- range $field := list "type" "ports" "selector" -}}
 {{- if hasKey $.Values.service.spec $field -}}

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import psutil
+import pytest
 
 from ..served import API_KEY, TOKENS, Served, wait_until
 
@@ -152,62 +153,84 @@ async def abuse(server: Served) -> None:
             await attack(http, name)
 
 
-async def good_streams(server: Served, until: asyncio.Event) -> tuple[list[list[int]], float]:
-    """The tokens of streams that are asked for again and again, and the longest wait for a chunk."""
-    longest = 0.0
-    answers: list[list[int]] = []
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, timeout=120, max_retries=0) as client:
+class GoodStreams:
+    """Streams that are asked for again and again: their tokens, and the longest wait for a chunk since `forget`."""
 
-        async def stream(number: int) -> None:
-            nonlocal longest
-            while True:
-                tokens: list[int] = []
-                last = time.monotonic()
-                async for chunk in await client.completions.create(
-                    model=KINDS[number % len(KINDS)],
-                    prompt=[40 + number] * 20,
-                    max_tokens=TOKENS_EACH,
-                    temperature=0,
-                    stream=True,
-                    extra_body=TOKENS,
-                ):
-                    now = time.monotonic()
-                    longest, last = max(longest, now - last), now
-                    for choice in chunk.choices:
-                        tokens += (choice.model_extra or {}).get("token_ids") or []
-                answers.append([number, *tokens])
-                if until.is_set():
-                    return
+    def __init__(self, server: Served) -> None:
+        self._server = server
+        self._enough = asyncio.Event()
+        self.answers: list[list[int]] = []  # each stream's number, and its tokens
+        self.longest_s = 0.0
 
-        await asyncio.gather(*(stream(number) for number in range(STREAMS)))
-    return answers, longest
+    def forget(self) -> None:
+        """Measure the waits from here on."""
+        self.longest_s = 0.0
+
+    def end(self) -> None:
+        """Each ends with the answer it is at."""
+        self._enough.set()
+
+    async def run(self) -> None:
+        """Until `end`."""
+        url = f"{self._server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key=API_KEY, timeout=120, max_retries=0) as client:
+            await asyncio.gather(*(self._stream(client, number) for number in range(STREAMS)))
+
+    async def _stream(self, client: openai.AsyncOpenAI, number: int) -> None:
+        while True:
+            tokens: list[int] = []
+            last = time.monotonic()
+            async for chunk in await client.completions.create(
+                model=KINDS[number % len(KINDS)],
+                prompt=[40 + number] * 20,
+                max_tokens=TOKENS_EACH,
+                temperature=0,
+                stream=True,
+                extra_body=TOKENS,
+            ):
+                now = time.monotonic()
+                self.longest_s, last = max(self.longest_s, now - last), now
+                for choice in chunk.choices:
+                    tokens += (choice.model_extra or {}).get("token_ids") or []
+            self.answers.append([number, *tokens])
+            if self._enough.is_set():
+                return
 
 
+@pytest.mark.timeout(300 + 60 * ROUNDS)
 async def test_hostile_requests_touch_no_good_stream(server: Served) -> None:
-    ended = asyncio.Event()
-    ended.set()
-    alone, _ = await good_streams(server, ended)
-    expected = {number: tokens for number, *tokens in alone}
+    alone = GoodStreams(server)
+    alone.end()
+    await alone.run()
+    expected = {number: tokens for number, *tokens in alone.answers}
     assert len(expected) == STREAMS
     await abuse(server)  # what is loaded once, such as the process that compiles grammars
     before = router_memory(server)
 
-    longest = STALL_S
-    for _ in range(TRIES):
-        ended.clear()
-        streams = asyncio.create_task(good_streams(server, ended))
-        try:
-            for _ in range(ROUNDS):
+    good = GoodStreams(server)
+    streams = asyncio.create_task(good.run())
+    try:
+        for number in range(ROUNDS):
+            for tried in range(TRIES):
+                good.forget()
+                began, answered = time.monotonic(), len(good.answers)
                 await abuse(server)
-        finally:
-            ended.set()
-        answers, longest = await streams
-        assert len(answers) >= STREAMS
-        for number, *tokens in answers:
-            assert tokens == expected[number]
-        if longest < STALL_S:
-            break
-    assert longest < STALL_S
+                report = (
+                    f"round {number + 1} of {ROUNDS}: {time.monotonic() - began:.1f} s, "
+                    f"{len(good.answers) - answered} good streams, longest wait {good.longest_s:.2f} s, "
+                    f"router {router_memory(server) / 2**20:.0f} MiB (before {before / 2**20:.0f})"
+                )
+                print(report, flush=True)
+                if good.longest_s < STALL_S:
+                    break
+                assert tried + 1 < TRIES, report
+            assert not streams.done()
+    finally:
+        good.end()
+        await streams
+    assert len(good.answers) >= STREAMS
+    for number, *tokens in good.answers:
+        assert tokens == expected[number]
 
     server.wait_idle()
     wait_until(lambda: router_memory(server) < 1.2 * before, 30, "the router's memory as it was")

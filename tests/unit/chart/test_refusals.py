@@ -51,6 +51,8 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "endpoint on loopback": ({"settings": {"router": {"host": "127.0.0.1"}}}, "the chart sets 0.0.0.0"),
     "privileged port": ({"settings": {"router": {"port": 80}}}, "Use 8000, or another above 1023."),
     "Ray's port": ({"settings": {"router": {"port": 8265}}}, "8265 is one of Ray's own ports"),
+    "port of an exporter": ({"settings": {"router": {"port": 44227}}}, "44227 is one of Ray's own ports"),
+    "number as the text that makes a new cluster": ({"restartedAt": 1764172800}, "restartedAt"),
     "relative model": (
         {"settings": {"model": {"source": "./model"}}},
         'settings.model.source: the source "./model" is relative to your machine. Use a hub id',

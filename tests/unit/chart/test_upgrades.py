@@ -48,9 +48,9 @@ def application_version(service: Object) -> str:
     return version
 
 
-def restarts(after: Values) -> str:
-    """What an upgrade from `BEFORE` restarts."""
-    old, new = (one(render(values), "RayService") for values in (BEFORE, after))
+def restarts(after: Values, before: Values = BEFORE) -> str:
+    """What an upgrade restarts."""
+    old, new = (one(render(values), "RayService") for values in (before, after))
     kept = len(old["spec"]["rayClusterConfig"]["workerGroupSpecs"])
     trimmed = copy.deepcopy(new)
     del trimmed["spec"]["rayClusterConfig"]["workerGroupSpecs"][kept:]
@@ -63,40 +63,76 @@ def settings(**changed: Any) -> Values:
     return {"settings": changed}
 
 
-# As docs/kubernetes.md names them.
-CHANGES: dict[str, tuple[Values, str]] = {
+GPU: Values = {"name": "gpu", "cpus": 5, "gpus": 1}
+VOLUME = {"name": "models", "persistentVolumeClaim": {"claimName": "models"}}
+
+# As docs/kubernetes.md names them; each of the changes by itself.
+CHANGES: dict[str, tuple[list[Values], str]] = {
     "an adapter in `settings.adapters`": (
-        settings(adapters=[{"name": "code", "source": "org/code"}, {"name": "law", "source": "org/law"}]),
+        [settings(adapters=[{"name": "code", "source": "org/code"}, {"name": "law", "source": "org/law"}])],
         IN_PLACE,
     ),
-    "`settings.replicas.max`": (settings(replicas={"max": 4}), IN_PLACE),
-    "the model, or any other of `settings`": (settings(model={"source": "org/other"}), IN_PLACE),
+    "`settings.replicas.max`": ([settings(replicas={"max": 4})], IN_PLACE),
+    "the model, or any other of `settings`": (
+        [
+            settings(model={"source": "org/other"}),
+            settings(engine={"max_model_len": 4096}),
+            settings(router={"limits": {"keep_alive_s": 700}}),
+            settings(replicas={"min": 2}),
+        ],
+        IN_PLACE,
+    ),
     "`workerGroups[].minReplicas`, `maxReplicas`": (
-        {"workerGroups": [{"name": "gpu", "cpus": 5, "gpus": 1, "minReplicas": 2, "maxReplicas": 6}]},
+        [{"workerGroups": [GPU | {"minReplicas": 2, "maxReplicas": 6}]}],
         NOTHING,
     ),
-    "a worker group at the end of the list": (
-        {"workerGroups": [{"name": "gpu", "cpus": 5, "gpus": 1}, {"name": "spot", "cpus": 5, "gpus": 1}]},
-        NOTHING,
-    ),
-    "the image, CPUs, memory, environment, volumes of pods": ({"image": {"tag": "0.2.0-cuda"}}, CLUSTER),
-    "`settings.router.port`, `settings.replicas.drain_timeout_s`, `stuck_timeout_s`": (
-        settings(replicas={"drain_timeout_s": 90}),
+    "a worker group at the end of the list": ([{"workerGroups": [GPU, GPU | {"name": "spot"}]}], NOTHING),
+    "the image, CPUs, memory, environment, volumes of pods": (
+        [
+            {"image": {"tag": "0.2.0-cuda"}},
+            {"workerGroups": [GPU | {"cpus": 6}]},
+            {"head": {"memory": "16Gi"}},
+            {"extraEnv": [{"name": "NCCL_DEBUG", "value": "WARN"}]},
+            {"extraVolumes": [VOLUME], "extraVolumeMounts": [{"name": "models", "mountPath": "/models"}]},
+        ],
         CLUSTER,
     ),
-    "the content of a Secret": ({}, NOTHING),
-    "`restartedAt`": ({"restartedAt": "2026-11-26"}, CLUSTER),
-    "the name of a Secret": ({"auth": {"existingSecret": "other"}}, CLUSTER),
+    "`settings.router.port`, `settings.replicas.drain_timeout_s`, `stuck_timeout_s`": (
+        [
+            settings(router={"port": 9000}),
+            settings(replicas={"drain_timeout_s": 90}),
+            settings(replicas={"stuck_timeout_s": 30}),
+        ],
+        CLUSTER,
+    ),
+    "the content of a Secret": ([{}], NOTHING),
+    "`restartedAt`": ([{"restartedAt": "2026-11-26"}], CLUSTER),
+    "the name of a Secret": ([{"auth": {"existingSecret": "other"}}], CLUSTER),
     "service, Ingress, HTTPRoute, network policy, monitors": (
-        {"service": {"annotations": {"a": "b"}}, "networkPolicy": {"clients": []}},
+        [
+            {"service": {"annotations": {"a": "b"}}},
+            {"networkPolicy": {"clients": []}},
+            {"ingress": {"enabled": True, "hosts": [{"host": "a.example.com"}]}},
+            {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}},
+            {"metrics": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
+        ],
         NOTHING,
     ),
 }
+CASES = [(row, changed, expected) for row, (changes, expected) in CHANGES.items() for changed in changes]
 
 
-@pytest.mark.parametrize(("changed", "expected"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("changed", "expected"), [each[1:] for each in CASES], ids=[each[0] for each in CASES])
 def test_an_upgrade_restarts(changed: Values, expected: str) -> None:
+    before, after = render(BEFORE), render(merged(BEFORE, changed))
+    assert (before != after) is bool(changed)  # else nothing would be compared
     assert restarts(merged(BEFORE, changed)) == expected
+
+
+def test_a_group_at_another_place_or_one_that_goes_makes_a_new_cluster() -> None:
+    two = merged(BEFORE, {"workerGroups": [GPU, GPU | {"name": "spot"}]})
+    assert restarts(merged(BEFORE, {"workerGroups": [GPU | {"name": "spot"}, GPU]})) == CLUSTER
+    assert restarts(BEFORE, two) == CLUSTER
 
 
 def test_the_documentation_has_the_same_table() -> None:

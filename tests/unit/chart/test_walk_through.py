@@ -23,24 +23,10 @@ def given(words: list[str], before: Values) -> Values:
     for option, argument in itertools.pairwise(words):
         if option == "-f":
             values = merged(values, example(ROOT / argument))
-        elif option == "--set":
-            values = merged(values, _typed(helm_python.parse_set_string(argument)))
+        elif option in ("--set", "--set-string"):  # which reads numbers as such, and which does not
+            read = helm_python.parse_set_string if option == "--set" else helm_python.parse_set_string_values
+            values = merged(values, read(argument.replace("$(date -u +%s)", "1764172800")))
     return values
-
-
-def _typed(value: object) -> Values:
-    """`--set` reads true and false as such; the SDK has only the variant that leaves texts."""
-
-    def of(each: object) -> object:
-        if isinstance(each, dict):
-            return {key: of(inner) for key, inner in each.items()}
-        return (
-            [of(inner) for inner in each] if isinstance(each, list) else {"true": True, "false": False}.get(each, each)
-        )
-
-    typed = of(value)
-    assert isinstance(typed, dict)
-    return typed
 
 
 def test_each_command_of_the_walk_through_renders() -> None:

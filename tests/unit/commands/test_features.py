@@ -25,7 +25,7 @@ EVERYWHERE: dict[str, tuple[Device, ...]] = dict.fromkeys(CAN, ("cpu", "cuda", "
 
 
 def test_each_backend_has_a_column_of_what_it_can_do() -> None:
-    table = {row[0]: row[1:] for row in rows(CAN, {"one": 1234}, EVERYWHERE)}
+    table = {row[0]: row[1:] for row in rows(CAN, {"one": 1234}, EVERYWHERE, EVERYWHERE)}
     assert table["feature"] == ["one", "two"]
     assert table["PagedAttention"] == ["yes", "no"]
     assert table["X-LoRA"] == ["CPU, CUDA: yes", "no"]
@@ -35,18 +35,20 @@ def test_each_backend_has_a_column_of_what_it_can_do() -> None:
 
 
 def test_quantisation_says_bits_and_where() -> None:
-    table = {row[0]: row[1:] for row in rows(CAN, {}, EVERYWHERE)}
+    table = {row[0]: row[1:] for row in rows(CAN, {}, EVERYWHERE, EVERYWHERE)}
     assert table["ISQ, `rtn`"] == ["4, 8 bits (CPU); 2 bits (CUDA)", "no"]
     assert table["ISQ, `awq`"] == ["no", "4 bits"]
     assert table["ISQ, `gptq`"] == ["no", "no"]
 
 
 def test_what_was_not_run_says_so() -> None:
-    table = {row[0]: row[1:] for row in rows(CAN, {}, {"one": ("cpu",)})}
-    assert table["X-LoRA"] == ["CPU: yes; CUDA: not run", "no"]
-    assert (table["CPU"], table["CUDA"], table["Metal"]) == (["yes", "no"], ["not run", "no"], ["no", "not run"])
+    table = {row[0]: row[1:] for row in rows(CAN, {}, {"one": ("cpu", "cuda")}, {"one": ("cpu",)})}
+    assert table["X-LoRA"] == ["CPU, CUDA: yes", "no"]
+    assert (table["CPU"], table["CUDA"], table["Metal"]) == (["yes", "no"], ["yes", "no"], ["no", "not run"])
     assert table["ISQ, `rtn`"] == ["4, 8 bits (CPU); 2 bits (CUDA: not run)", "no"]
     assert table["ISQ, `awq`"] == ["no", "4 bits (CPU, CUDA, Metal: not run)"]
+    table = {row[0]: row[1:] for row in rows(CAN, {}, {"one": ("cpu",)}, {})}
+    assert table["X-LoRA"] == ["CPU: yes; CUDA: not run", "no"]
 
 
 def test_the_table_takes_the_place_of_the_old_one() -> None:

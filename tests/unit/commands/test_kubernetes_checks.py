@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import stat
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from xloom.commands.checks import Finding
 from xloom.commands.doctor import diagnose_cluster
-from xloom.commands.kubernetes_checks import check_version, examine_cluster
+from xloom.commands.kubernetes_checks import CHART_FIELDS, check_version, examine_cluster, missing_fields
 from xloom.protocol import XloomError
 
 PROGRAM = """#!/usr/bin/env python3
@@ -34,6 +35,8 @@ GPU_NODE = {"status": {"allocatable": {"nvidia.com/gpu": "4"}}}
 DEFAULT_CLASS = {
     "metadata": {"name": "standard", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}}
 }
+FIELDS = {part: {"properties": {field: {}}} for part, field in CHART_FIELDS.items()}
+SCHEMA: dict[str, Any] = {"properties": {"spec": {"properties": {"rayClusterConfig": {"properties": FIELDS}}}}}
 READY = {
     "status": {"availableReplicas": 1},
     "spec": {"template": {"spec": {"containers": [{"image": "kuberay/operator:v1.7.0"}]}}},
@@ -41,7 +44,7 @@ READY = {
 CLUSTER: dict[str, Any] = {
     "version": {"serverVersion": {"major": "1", "minor": "33+"}},
     "get crd rayservices.ray.io": {
-        "spec": {"versions": [{"name": "v1", "served": True, "schema": {"authOptions": {}}}]}
+        "spec": {"versions": [{"name": "v1", "served": True, "schema": {"openAPIV3Schema": SCHEMA}}]}
     },
     OPERATOR: {"items": [READY]},
     "get secret xloom-keys": {"data": {"api-key": "", "admin-key": ""}},
@@ -101,6 +104,30 @@ def test_an_operator_that_does_not_run_and_a_crd_that_helm_left_behind_are_told_
     assert "older than 1.7" in cluster.findings()["kuberay"].detail
 
 
+def test_the_crd_of_the_version_that_the_chart_is_for_has_all_it_sets() -> None:
+    file = Path(__file__).parents[1] / "chart" / "schemas" / "rayservices.ray.io-1.7.0.json.gz"
+    assert missing_fields(json.loads(gzip.decompress(file.read_bytes()))) == []
+    older = copy.deepcopy(SCHEMA)
+    del older["properties"]["spec"]["properties"]["rayClusterConfig"]["properties"]["authOptions"]["properties"][
+        "secretName"
+    ]
+    assert missing_fields(older) == ["authOptions.secretName"]
+
+
+def test_one_secret_may_hold_the_entries_of_several_parts(cluster: Cluster) -> None:
+    shared = {"existingSecret": "xloom-keys"}
+    parts: dict[str, Any] = {"hub": shared, "rayAuth": shared}
+    parts["gcsFaultTolerance"] = {"enabled": True, "usernameKey": "user", **shared}
+    assert cluster.findings(**parts)["secret xloom-keys"].detail == "it lacks token"
+    entries = ("api-key", "token", "password", "user", "auth_token")
+    cluster.objects["get secret xloom-keys"] = {"data": dict.fromkeys(entries, "")}
+    assert cluster.findings(**parts)["secret xloom-keys"].detail == f"has {', '.join(entries)}"
+    del cluster.objects["get secret xloom-keys"]["data"]["user"]
+    found = cluster.findings(**parts)["secret xloom-keys"]
+    assert found.detail == "it lacks user"
+    assert "--from-literal=user=..." in found.cure
+
+
 def test_a_secret_without_the_entry_that_pods_read_is_noticed(cluster: Cluster) -> None:
     cluster.objects["get secret xloom-keys"] = {"data": {"key": ""}}
     assert cluster.findings()["secret xloom-keys"].detail == "it lacks api-key"
@@ -125,6 +152,15 @@ def test_the_chart_can_not_be_installed_where_something_fails(cluster: Cluster, 
     cluster.findings()
     assert diagnose_cluster(None, "serving", console, as_json=True) == 1
     assert '"installs": false' in console.export_text()
+
+
+def test_what_this_user_may_not_look_at_is_a_warning_and_the_rest_is_looked_at(cluster: Cluster) -> None:
+    said = 'storageclasses.storage.k8s.io is forbidden: User "dev" cannot list resource "storageclasses"'
+    cluster.objects["get storageclass"] = f"Error from server (Forbidden): {said}"
+    found = cluster.findings(workerGroups=[{"name": "gpu", "gpus": 4}])
+    assert (found["storage"].level, found["storage"].detail) == ("warn", said)
+    assert {each.level for name, each in found.items() if name != "storage"} == {"ok"}
+    assert "group gpu" in found
 
 
 def test_no_answer_is_an_error_and_no_finding(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

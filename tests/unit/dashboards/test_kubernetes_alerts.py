@@ -34,6 +34,7 @@ FIRES: list[tuple[str, Series]] = [
     ("XloomUpgradeStuck", {_UPGRADE % ("xloom", "true"): "1x60"}),
     ("XloomPodsPending", pending("a", "nvidia_com_gpu") | pending("b", "nvidia_com_gpu")),
     ("XloomPodsPending", pending("a", "amd_com_gpu")),
+    ("XloomPodsPending", pending("a", "nvidia_com_mig_1g_5gb") | pending("b", "nvidia_com_gpu_shared")),
 ]
 QUIET: list[tuple[str, Series]] = [
     ("XloomNoEndpoint", {}),  # nobody scrapes kube-state-metrics

@@ -16,7 +16,7 @@ from xloom.vllm.engine.causes import brief, explained
 from xloom.vllm.engine.lora_configs import VARIABLE, LoRAShapes, lora_shapes, tuned_folder
 from xloom.vllm.engine.platform import device_of
 from xloom.vllm.engine.refusals import check_dtype, check_environment, check_resolved, merged, no_wide_lora
-from xloom.vllm.plugin import ASYNC_SCHEDULER, SCHEDULER, WORKER_EXTENSION, activate
+from xloom.vllm.plugin import ASYNC_SCHEDULER, INPUT_GATES, SCHEDULER, WORKER_EXTENSION, activate
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -74,18 +74,20 @@ def engine_arguments(
     arguments["block_size"] = block_size
     # The dtype is in there already, as this device has it.
     made = merged(arguments, {name: value for name, value in extra.items() if name != "dtype"}, mixtures=xlora)
-    return _for_pairs(made, config, device) if xlora else made
+    return _for_pairs(made, config, device, input_gates=engine.input_gates is True) if xlora else made
 
 
-def _for_pairs(arguments: dict[str, Any], config: Any, device: str) -> dict[str, Any]:
+def _for_pairs(arguments: dict[str, Any], config: Any, device: str, *, input_gates: bool) -> dict[str, Any]:
     """Room for a scaling sequence beside each request: `max_num_seqs` counts requests until here, and rows from here.
 
-    The scheduler reads the number of requests from `additional_config`. Raises `XloomError` (too_few_pages).
+    The scheduler reads the number of requests from `additional_config`, and the plugin whether gates may be made of a
+    linear's input. Raises `XloomError` (too_few_pages).
     """
     requests = arguments["max_num_seqs"]
     budget = arguments.get("max_num_batched_tokens")  # vLLM wants no more rows than tokens in a step
     rows = 2 * requests if budget is None else max(requests, min(2 * requests, budget))
-    additional = {**arguments.get("additional_config", {}), "xloom": {"max_num_seqs": requests}}
+    own = {"max_num_seqs": requests} | ({INPUT_GATES: True} if input_gates else {})
+    additional = {**arguments.get("additional_config", {}), "xloom": own}
     made = arguments | {"max_num_seqs": rows, "additional_config": additional}
     compilation = made.get("compilation_config", {})
     chosen = any(made.get(name) is not None or compilation.get(name) is not None for name in _GRAPH_SIZES)

@@ -34,6 +34,7 @@ from xloom.protocol import Logprobs, TokenChunk, TokenRequest, XloomError
 from xloom.router.dispatch import Dispatcher
 from xloom.router.traffic import Ending
 from xloom.router.weights import sent_weights
+from xloom.vllm.front_end.large_answers import aside
 from xloom.vllm.lora import adapter_ref
 from xloom.vllm.sampling import sampling_to_dict
 
@@ -67,7 +68,10 @@ class RoutedCoreClient(EngineCoreClient):
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._prefills: dict[str, _Prefill] = {}
         self._prefix_cache = PrefixCacheStats()  # of the prompts computed since the last figures
+        self._waiting: dict[str, list[EngineCoreOutput]] = {}  # until their prompts' log-probabilities are read
+        self._reading: set[asyncio.Task[None]] = set()
         self._on_failed: Callable[[str, XloomError], None] = lambda request_id, error: None
+        self._on_prompt: Callable[[str, LogprobsTensors], None] = lambda request_id, logprobs: None
         dispatcher.on_tokens = self._take_step
         dispatcher.on_failed = self._take_failure
         dispatcher.on_figures = self._take_figures
@@ -75,6 +79,10 @@ class RoutedCoreClient(EngineCoreClient):
     def call_on_failure(self, on_failed: Callable[[str, XloomError], None]) -> None:
         """Who ends a request that no replica can serve."""
         self._on_failed = on_failed
+
+    def call_on_prompt_logprobs(self, on_prompt: Callable[[str, LogprobsTensors], None]) -> None:
+        """Who takes a prompt's log-probabilities, in a thread, before the first output of its request."""
+        self._on_prompt = on_prompt
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         if request.abort_immediately:
@@ -117,7 +125,7 @@ class RoutedCoreClient(EngineCoreClient):
     def abort_now(self, request_ids: list[str], ending: Ending) -> None:
         """Forget requests and free what they hold."""
         for request_id in request_ids:
-            self._prefills.pop(request_id, None)
+            self._forget(request_id)
         self._dispatcher.abort(request_ids, ending)
 
     async def get_output_async(self) -> EngineCoreOutputs:
@@ -158,11 +166,16 @@ class RoutedCoreClient(EngineCoreClient):
         outputs = []
         for chunk in chunks:
             try:
-                outputs.append(self._output(chunk))
+                output = self._output(chunk)
+                if (waiting := self._waiting.get(chunk.request_id)) is not None:
+                    waiting.append(output)
+                elif chunk.prompt_logprobs is not None:
+                    self._waiting[chunk.request_id] = [output]
+                    self._read_prompt(chunk.request_id, chunk.prompt_logprobs)
+                else:
+                    outputs.append(output)
             except Exception as error:
-                logger.exception("a chunk of request %s can't be read", chunk.request_id)
-                message = f"The engine's answer can't be read: {type(error).__name__}."
-                self._dispatcher.give_up(chunk.request_id, XloomError("answer_unsendable", message, "Report it.", 500))
+                self._give_up(chunk.request_id, error)
         if outputs:
             self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
 
@@ -180,12 +193,37 @@ class RoutedCoreClient(EngineCoreClient):
             output.stop_reason = chunk.stop_reason
         if chunk.logprobs is not None:
             output.new_logprobs = _logprobs_lists(chunk.logprobs)
-        if chunk.prompt_logprobs is not None:
-            output.new_prompt_logprobs_tensors = _logprobs_tensors(chunk.prompt_logprobs)
         return output
 
-    def _take_failure(self, request_id: str, error: XloomError) -> None:
+    def _read_prompt(self, request_id: str, logprobs: Logprobs) -> None:
+        """A prompt's log-probabilities are text by text in a thread; what else comes of the request waits for it."""
+
+        async def read() -> None:
+            try:
+                await aside(lambda: self._on_prompt(request_id, _logprobs_tensors(logprobs)))
+            except Exception as error:
+                self._give_up(request_id, error)
+            if self._waiting.get(request_id) is outputs:
+                del self._waiting[request_id]
+                self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
+
+        outputs = self._waiting[request_id]
+        task = asyncio.create_task(read())
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+
+    def _give_up(self, request_id: str, error: Exception) -> None:
+        """End a request whose answer can't be read; called where that was found."""
+        logger.exception("the answer to request %s can't be read", request_id)
+        message = f"The engine's answer can't be read: {type(error).__name__}."
+        self._dispatcher.give_up(request_id, XloomError("answer_unsendable", message, "Report it.", 500))
+
+    def _forget(self, request_id: str) -> None:
         self._prefills.pop(request_id, None)
+        self._waiting.pop(request_id, None)
+
+    def _take_failure(self, request_id: str, error: XloomError) -> None:
+        self._forget(request_id)
         self._on_failed(request_id, error)
 
     def _take_figures(self) -> None:
@@ -221,8 +259,10 @@ def _logprobs_lists(logprobs: Logprobs) -> LogprobsLists:
 
 
 def _logprobs_tensors(logprobs: Logprobs) -> LogprobsTensors:
+    """`[num_tokens, num_candidates]`; a prompt of one token has none."""
+    shape = len(logprobs.token_ids), len(logprobs.token_ids[0]) if logprobs.token_ids else 0
     return LogprobsTensors(
-        torch.tensor(logprobs.token_ids, dtype=torch.int32),
-        torch.tensor(logprobs.logprobs, dtype=torch.float32),
+        torch.tensor(logprobs.token_ids, dtype=torch.int32).view(shape),
+        torch.tensor(logprobs.logprobs, dtype=torch.float32).view(shape),
         torch.tensor(logprobs.ranks, dtype=torch.int32),
     )

@@ -24,6 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor import Executor
+from vllm.v1.outputs import LogprobsTensors
 
 from xloom.protocol import XloomError
 from xloom.router.traffic import Ending
@@ -40,6 +41,9 @@ class RequestError(GracefulHTTPError):
         super().__init__(f"{error.message} {error.cure}".strip(), HTTPStatus(error.status))
         self.code = error.code
 
+
+# Outputs of a step that are processed in one go: a request's first takes 0.6 ms with a prompt of 4,000 tokens.
+OUTPUTS_AT_ONCE = 32
 
 # Engine arguments in `engine.extra_args` that the front end needs as well.
 _SHARED_ARGS = frozenset(
@@ -74,6 +78,7 @@ def front_end_config(settings: Settings) -> VllmConfig:
     model_config = args.create_model_config()
     model_config.quantization = None  # no kernels here: nothing to check
     envs.VLLM_CPU_KVCACHE_SPACE = 0  # no pages here: silences the CPU platform's warning
+    envs.VLLM_V1_OUTPUT_PROC_CHUNK_SIZE = OUTPUTS_AT_ONCE
     return VllmConfig(
         model_config=model_config,
         lora_config=LoRAConfig(max_lora_rank=512, max_loras=1),
@@ -96,10 +101,13 @@ class RoutedEngineClient(AsyncLLM):
                 stat_loggers=[RequestStatLogger, ScrapedStatLogger],
             )
         core.call_on_failure(self._fail)
+        core.call_on_prompt_logprobs(self._take_prompt_logprobs)
         core.set_vocabulary(vllm_config.model_config.get_vocab_size())
         outputs = vllm_config.structured_outputs_config
         library, compact = outputs.backend, outputs.disable_any_whitespace
-        self._grammars = GrammarCheck(limits or LimitSettings(), self._tokenizer_info, library, compact=compact)
+        limits = limits or LimitSettings()
+        self._most_logprobs = limits.logprob_values
+        self._grammars = GrammarCheck(limits, self._tokenizer_info, library, compact=compact)
         # Without it vLLM leaves structured output to us: `add_request` has it validated, and not on the event loop.
         self.input_processor.structured_outputs_config = None
 
@@ -109,6 +117,7 @@ class RoutedEngineClient(AsyncLLM):
         """As `AsyncLLM.add_request`; a grammar is compiled aside first. Raises `RequestError`."""
         if isinstance(params, SamplingParams):
             _check_extra_args(params)
+            bound_length(params, self._most_logprobs)
             if params.structured_outputs is not None:
                 await self._check_grammar(params)
         return await super().add_request(request_id, prompt, params, *args, **options)
@@ -165,9 +174,22 @@ class RoutedEngineClient(AsyncLLM):
         if state.queue is not None:
             state.queue.put(RequestError(error))
 
+    def _take_prompt_logprobs(self, request_id: str, logprobs: LogprobsTensors) -> None:
+        """As `OutputProcessor.process_outputs` would, in a thread: nothing else looks at a request without outputs."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is not None and state.logprobs_processor is not None:
+            state.logprobs_processor._update_prompt_logprobs(logprobs)
+
     def _abort_in_core(self, request_ids: list[str], ending: Ending) -> None:
         assert isinstance(self.engine_core, RoutedCoreClient)
         self.engine_core.abort_now(request_ids, ending)
+
+
+def bound_length(params: SamplingParams, values: int) -> None:
+    """End generation where an answer has as many log-probabilities as it may. A length that was asked for is less."""
+    if params.max_tokens is not None and (params.logprobs is not None or params.logprob_token_ids):
+        each = 1 + max(params.logprobs or 0, len(params.logprob_token_ids or ()))
+        params.max_tokens = min(params.max_tokens, max(1, values // (each * params.n)))
 
 
 def _check_extra_args(params: SamplingParams) -> None:

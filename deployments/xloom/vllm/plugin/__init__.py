@@ -7,6 +7,7 @@ worker processes by `worker_extension_cls`. What is relied on of vLLM 0.32 is na
 
 from __future__ import annotations
 
+INPUT_GATES = "input_gates"  # in VllmConfig.additional_config["xloom"]: whether a GPU's graphs hold their kernel
 WORKER_EXTENSION = "xloom.vllm.plugin.worker.MixtureWorker"
 SCHEDULER = "xloom.vllm.plugin.scheduler.MixtureScheduler"
 ASYNC_SCHEDULER = "xloom.vllm.plugin.scheduler.AsyncMixtureScheduler"

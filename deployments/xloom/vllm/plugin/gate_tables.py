@@ -43,7 +43,6 @@ class GateTables:
             self._names += slices
         self._described: dict[int, SlotRouting | None] = {}
         self._offsets: WeakKeyDictionary[SlotRouting, torch.Tensor] = WeakKeyDictionary()
-        self.routed = False  # whether a mixture has come whose gates are made of inputs
         shape = (max_loras, len(self._names), max_rank)
         with torch.inference_mode(False):  # here and below: they are written to within inference mode and without
             self.offsets = torch.full(shape, UNGATED, dtype=torch.int32, device=device)
@@ -55,7 +54,6 @@ class GateTables:
 
     def reserve(self, routing: SlotRouting) -> None:
         """Make room for a bundle's gates: where it is loaded, so that a lack of memory refuses the bundle alone."""
-        self.routed = self.routed or routing.inputs is not None
         self._widen(len(routing.row) * routing.routing.num_adapters)
 
     def _widen(self, width: int) -> None:

@@ -26,6 +26,7 @@ class GateLayout(NamedTuple):
 
     columns: torch.Tensor  # [sum of R]: which of a token's M * K gates
     places: dict[int, slice]  # address of a linear's stacked A -> its part of `columns`
+    widths: list[int]  # of those parts, in their order
 
 
 class SlotRouting:
@@ -49,7 +50,8 @@ class SlotRouting:
                 found += [row * self.routing.num_adapters + self.segments[row] for row in rows]
                 last = first + sum(len(self.segments[row]) for row in rows)
                 places[address], first = slice(first, last), last
-            self._layout = GateLayout(torch.cat(found), places)
+            widths = [place.stop - place.start for place in places.values()]
+            self._layout = GateLayout(torch.cat(found), places, widths)
         return self._layout
 
 
@@ -78,16 +80,26 @@ class SlotRows:
     weights: dict[tuple[int, int], Any] = field(default_factory=dict)
     gates: torch.Tensor | None = None  # [num_rows, sum of R] when widened, else [num_rows, M * K]
     widened: bool = False
+    single: dict[int, torch.Tensor] = field(default_factory=dict)  # of a single row: [R] by linear
+
+    @property
+    def single_row(self) -> int | None:
+        """The row's number, if there is but one."""
+        rows = self.rows
+        return rows.start if isinstance(rows, slice) and rows.stop - rows.start == 1 else None
 
     def set_gates(self, gates: torch.Tensor) -> None:
         """Take the gates `[num_rows, M, K]` of the next forward pass."""
         assert self.routing is not None
         if gates.stride(0) == 0:  # the same for all rows, which a product broadcasts by itself
             gates = gates[:1]
-        columns = self.routing.layout(BATCH.linears).columns
-        self.gates, self.widened = gates.reshape(len(gates), -1), len(gates) * len(columns) * 4 <= WIDENED_GATE_BYTES
+        layout, self.single = self.routing.layout(BATCH.linears), {}
+        size = len(gates) * len(layout.columns) * 4
+        self.gates, self.widened = gates.reshape(len(gates), -1), size <= WIDENED_GATE_BYTES
         if self.widened:
-            self.gates = self.gates.index_select(1, columns)
+            self.gates = self.gates.index_select(1, layout.columns)
+            if self.single_row is not None:
+                self.single = dict(zip(layout.places, self.gates[0].split(layout.widths), strict=True))
 
     def gate_of(self, linear: int) -> torch.Tensor | None:
         """`[num_rows or 1, R]` to multiply between shrink and expand of a linear, all slices.
@@ -102,6 +114,13 @@ class SlotRows:
         layout = self.routing.layout(BATCH.linears)
         place = layout.places[linear]
         return self.gates[:, place] if self.widened else self.gates.index_select(1, layout.columns[place])
+
+    def single_gate_of(self, linear: int) -> torch.Tensor | None:
+        """`gate_of` a single row, `[R]`."""
+        if self.single and self.gates is not None:
+            return self.single[linear]
+        gate = self.gate_of(linear)
+        return None if gate is None else gate[0]
 
 
 class Gater(Protocol):
@@ -127,6 +146,7 @@ class LoRABatch:
     scheduler: type | None = None  # the class that schedules for it
     runner: type | None = None  # the class of the model runner
     mixtures: bool = False  # whether the engine was started for them
+    input_gates: bool = False  # and whether, on a GPU, for gates that are made of inputs
 
     def gated(self) -> list[SlotRows]:
         """The rows whose gates have to be set before a forward pass; those of other mixtures come from their inputs."""

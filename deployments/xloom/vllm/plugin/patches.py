@@ -11,6 +11,7 @@ import torch
 
 from xloom.mixtures.routing.base import Routing, Source
 from xloom.mixtures.routing.registry import load_routing, read_description
+from xloom.vllm.plugin import INPUT_GATES
 from xloom.vllm.plugin.weight_ledger import with_ledger
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _remember_runner(runner: Any, model: Any, config: Any, *args: Any) -> None:
 
     BATCH.scheduler, BATCH.runner = config.scheduler_config.get_scheduler_cls(), type(runner)
     BATCH.mixtures = issubclass(BATCH.scheduler, PairScheduling)
+    BATCH.input_gates = bool((config.additional_config or {}).get("xloom", {}).get(INPUT_GATES))
 
 
 def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,6 +144,7 @@ def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
 
             gater, routing = gater_of(self._adapter_manager), load_routing(folder)
             _check_ranks(routing)
+            check_kernels(routing, self.device)
             model.xloom_routing = SlotRouting(routing.to(self.device), lora_request.lora_name)
             gater.reserve(model.xloom_routing)
         return model
@@ -155,6 +158,17 @@ def _check_ranks(routing: Routing) -> None:
 
     if routing.source is Source.INPUT and get_tp_group().world_size > 1:
         raise RuntimeError(f"gates of the kind {routing.kind!r} can't be made with tensor parallelism")
+
+
+def check_kernels(routing: Routing, device: Any) -> None:
+    """A GPU's captured graphs have the kernel that makes such gates, or lack it for good."""
+    from xloom.vllm.plugin.gates import BATCH
+
+    if routing.source is Source.INPUT and torch.device(device).type != "cpu" and not BATCH.input_gates:
+        raise RuntimeError(
+            f"gates of the kind {routing.kind!r} are made by a kernel that this engine was started without: "
+            "set engine.input_gates: true and start again"
+        )
 
 
 def gater_of(manager: Any) -> Gater:

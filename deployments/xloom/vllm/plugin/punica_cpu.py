@@ -30,13 +30,21 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
         if key not in entry.weights:
             names = BATCH.linears[address]
             entry.weights[key] = slot_linear(lora_a, lora_b, entry.slot, names, entry.ranks, entry.routing)
-        if (weights := entry.weights[key]) is not None:
+        weights = entry.weights[key]
+        if weights is None:
+            continue
+        if (row := entry.single_row) is not None:
+            weights.single.add_product(y[row], x[row], entry.single_gate_of(address))
+        else:
             _add(y, x, weights, entry, entry.gate_of(address))
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, weights: SlotLinear, entry: SlotRows, gate: torch.Tensor | None) -> None:
-    rows = x[entry.rows]
-    target = y[entry.rows]  # a view when the rows are a slice, else a copy
+    places = entry.rows
+    if isinstance(places, slice):
+        rows, target = x[places], y[places]
+    else:  # a third of the time of x[places]
+        rows, target = x.index_select(0, places), y.index_select(0, places)
     shrunk, own = weights.shrink(rows)
     gate = gate if own is None else own
     if gate is not None:
@@ -45,8 +53,8 @@ def _add(y: torch.Tensor, x: torch.Tensor, weights: SlotLinear, entry: SlotRows,
         shrunk = (shrunk * gate).to(rows.dtype)
     for part in weights.slices:
         part.b.add_product(target[:, part.outputs], shrunk[:, part.ranks])
-    if not isinstance(entry.rows, slice):
-        y[entry.rows] = target
+    if not isinstance(places, slice):
+        y.index_copy_(0, places, target)
 
 
 def _no_fake(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lora_b: list[torch.Tensor]) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from vllm.lora.layers import LoRAMapping
 
-# Relied on: PunicaWrapperGPU.{add_shrink,update_metadata,token_mapping_meta,lora_config}; vLLM 0.32.
+# Relied on: PunicaWrapperGPU.{add_shrink,update_metadata,token_mapping_meta,prompt_mapping_meta,lora_config,is_prefill}
+# and that its update_metadata does what is done here; vLLM 0.32.
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -19,6 +20,7 @@ from xloom.vllm.plugin.gate_tables import GateTables
 from xloom.vllm.plugin.gated_shrink import gated_shrink
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, rows_of, slices_of
 from xloom.vllm.plugin.input_gates import input_gates
+from xloom.vllm.plugin.lora_metadata import prepare_indices, prepare_kernels, slots_of
 
 _tables: list[GateTables] = []  # of this process's wrapper
 
@@ -38,10 +40,10 @@ def shrink(
 ) -> None:
     """`gated_shrink` with this process's tables: an operator that torch.compile does not look into.
 
-    Where mixtures may come, gates are made of the input first: always, since graphs are captured before any is there.
+    Where gates may be made of the input that is first: always, since graphs are captured before any mixture is there.
     """
     meta = (token_slots, tokens, counts, starts, slots, no_lora, num_slots)
-    if BATCH.mixtures or _tables[0].routed:
+    if BATCH.input_gates:
         input_gates(x, lora_a, _tables[0], meta)
     gated_shrink(x, lora_a, out, _tables[0], meta, scaling)
 
@@ -92,8 +94,14 @@ class GatedPunicaGPU(PunicaWrapperGPU):
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-        BATCH.rows = rows_of(np.asarray(mapping.index_mapping), self.manager)
+        self.is_prefill = mapping.is_prefill
+        adapter_ids = np.asarray(mapping.index_mapping, dtype=np.int64)
+        tokens = slots_of(adapter_ids, lora_index_to_id)
+        samples = slots_of(np.asarray(mapping.prompt_mapping, dtype=np.int64), lora_index_to_id)
+        prepare_indices(self, tokens, samples, max_loras, vocab_size)
+        prepare_kernels(self.token_mapping_meta, tokens)
+        prepare_kernels(self.prompt_mapping_meta, samples)
+        BATCH.rows = rows_of(adapter_ids, self.manager)
         for entry in BATCH.rows:
             self.tables.describe_slot(entry)
 

@@ -46,7 +46,7 @@ class Expand:
 
     def add_product(self, y: Tensor, x: Tensor) -> None:
         """Add x B^T to `y [num_rows, out]`, for `x [num_rows, rank]`."""
-        if self._packed is None or len(x) == 1:
+        if self._packed is None:
             y.addmm_(x, self._transposed)
         else:
             y += ops.onednn_mm(self._packed, x, None)
@@ -87,6 +87,38 @@ class SlotRouter:
         return gates.flatten(1).index_select(1, self.columns)
 
 
+class SingleRow:
+    """The products of one row, with the weights as they lie in the slot.
+
+    They take as long as the weights take to read, and beside that each operator counts: there are as few as may be.
+    """
+
+    def __init__(self, a: Sequence[Tensor], b: Sequence[tuple[int, Tensor]], router: SlotRouter | None = None) -> None:
+        """`a`: `[rank, in]` of each slice, and with a router R `[K, in]` of each; `b`: where each slice begins in the
+        output, and `[out_slice, rank]`.
+        """
+        heights = [len(each) for each in a]
+        product = a[0].new_empty(sum(heights))  # used anew in each step
+        parts = product.split(heights)
+        self._shrink = list(zip(a, parts, strict=True))
+        self._expand = [(first, len(each), each, part) for (first, each), part in zip(b, parts, strict=False)]
+        num_ranks = sum(heights[: len(b)])
+        self._shrunk, self._logits, self._router = product[:num_ranks], product[num_ranks:], router
+
+    def add_product(self, y: Tensor, x: Tensor, gate: Tensor | None) -> None:
+        """Add B (gate * A x) to `y [out]`, for `x [in]` and `gate [sum of ranks]`."""
+        for weight, part in self._shrink:
+            torch.mv(weight, x, out=part)
+        if self._router is not None:
+            gate = self._router.gates(self._logits[None])[0]
+        if gate is not None:
+            if gate.shape != self._shrunk.shape:
+                raise RuntimeError(f"gates {tuple(gate.shape)} for ranks {tuple(self._shrunk.shape)}")
+            self._shrunk.mul_(gate)
+        for first, width, weight, part in self._expand:
+            y.narrow(0, first, width).addmv_(weight, part)
+
+
 @dataclass(frozen=True)
 class SlotLinear:
     """An adapter's weights for one linear: all slices shrink in one product."""
@@ -94,6 +126,7 @@ class SlotLinear:
     a: Shrink  # [sum of ranks (+ slices * K), in]
     slices: tuple[SlotSlice, ...]
     num_ranks: int
+    single: SingleRow
     router: SlotRouter | None = None
 
     def shrink(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -116,23 +149,24 @@ def slot_linear(
 
     `lora_a`, `lora_b`: one a slice, `[slots, 1, rank, in]` and `[slots, 1, out_slice, rank]`.
     """
-    shrinks, slices, first, done = [], [], 0, 0
+    shrinks, expands, slices, first, done = [], [], [], 0, 0
     held = []  # names of the slices
     for a, b, name in zip(lora_a, lora_b, names, strict=True):
         width, rank = b.shape[2], ranks.get(name, 0)
         if rank:
             shrinks.append(a[slot, 0, :rank])
-            expand = Expand(b[slot, 0, :, :rank])
-            slices.append(SlotSlice(slice(first, first + width), slice(done, done + rank), expand))
+            expands.append((first, b[slot, 0, :, :rank]))
+            slices.append(SlotSlice(slice(first, first + width), slice(done, done + rank), Expand(expands[-1][1])))
             held.append(name)
         first, done = first + width, done + rank
     if not slices:
         return None
     if routing is None or routing.inputs is None:
-        return SlotLinear(Shrink(shrinks), tuple(slices), done)
+        return SlotLinear(Shrink(shrinks), tuple(slices), done, SingleRow(shrinks, expands))
     inputs, count = routing.inputs, routing.inputs.num_adapters
     rows = [routing.row[name] for name in held]
     weights = [inputs.routers[row][0].to(shrinks[0].dtype) for row in rows]
     columns = torch.cat([place * count + routing.segments[row] for place, row in enumerate(rows)])
     router = SlotRouter(inputs, torch.stack([inputs.routers[row][1] for row in rows]), columns)
-    return SlotLinear(Shrink([*shrinks, *weights]), tuple(slices), done, router)
+    stacked = [*shrinks, *weights]
+    return SlotLinear(Shrink(stacked), tuple(slices), done, SingleRow(stacked, expands, router), router)

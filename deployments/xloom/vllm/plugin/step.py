@@ -130,8 +130,21 @@ class MixtureStep:
                     spans[row.lora_id].append(self._span(row, constant[row.lora_id]))
             assert BATCH.gater is not None
             for entry in entries:
-                BATCH.gater.set_gates(entry, self.store.take(spans[entry.adapter_id]))
+                gates = self.store.take(spans[entry.adapter_id])
+                BATCH.gater.set_gates(entry, gates)
+                self._count(entry.routing, spans[entry.adapter_id], gates)
         self._lap()
+
+    def _count(self, routing: SlotRouting | None, spans: Sequence[Span], gates: Tensor) -> None:
+        """Add the gates of the requests' own tokens, each as often as it is computed, to the figures."""
+        if self._tally is None or routing is None:
+            return
+        own = [not is_scaling(span.request_id) for span in spans]
+        if not all(own):  # scaling sequences that run the bundle at constant gates
+            index = np.flatnonzero(np.repeat(own, [span.num_tokens for span in spans]))
+            gates = gates.index_select(0, async_tensor_h2d(index, device=gates.device))
+        if len(gates):
+            self._tally.add(routing.name, routing.routing, gates)
 
     def _span(self, row: Row, routing: SlotRouting | None) -> Span:
         if row.request_id in self._weights:
@@ -169,8 +182,6 @@ class MixtureStep:
                 source, start = (gates[first : first + 1], 0) if alike else (gates, first)
                 self.store.put(each.request_id, each.position, source, start, each.num_tokens)
                 first += each.num_rows
-            if self._tally is not None:
-                self._tally.add(routing.name, routing.routing, gates)
         for entry in BATCH.gated():
             entry.gates = None  # used once: a step that forgot to set them must fail, not be wrong
         self._lap()

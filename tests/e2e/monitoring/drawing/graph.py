@@ -9,7 +9,7 @@ from .series import Canvas, Line, corners, stacked, stretches
 from .svg import PALETTE, TITLE, colour, line, shortened, text, times
 from .units import ticks, written
 
-AXIS, RIGHT, LEGEND_LINE = 58, 12, 17  # pixels
+AXIS, RIGHT, LEGEND_LINE = 68, 12, 17  # pixels
 LEGEND_SHARE = 0.42  # of a panel's height, at most
 BINARY = ("bytes", "binBps", "mbytes")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from .figures import bars, heatmap, stat, table
 from .graph import graph
 from .series import Ask, Canvas, Json, Span, lines_of
-from .svg import text
+from .svg import shortened, text
 
 WIDTH = 1600  # pixels
 COLUMN, ROW, GAP, EDGE = (WIDTH - 16) / 24, 38, 8, 8  # a row of the grid is 30 pixels and a gap of 8, as in Grafana
@@ -45,9 +45,7 @@ def page(board: Json, ask: Ask, span: Span) -> str:
             title = html.escape(panel["title"])
             drawn.append(f'<div class="row" style="left:{x - EDGE}px;top:{y - 4}px">{title}</div>')
             continue
-        found = lines_of(panel, ask)
-        if panel["type"] == "table":  # of what is there now
-            found = [each for each in found if each.points[-1][0] > span.end - 1.5 * span.step]
+        found = lines_of(panel, ask, span)
         inner = "".join(_panel(Canvas(panel, found, span, marks, width, height)))
         size = f'width="{width:.1f}" height="{height:.1f}"'
         drawn.append(f'<svg style="left:{x:.1f}px;top:{y:.1f}px" {size}>{inner}</svg>')
@@ -94,4 +92,5 @@ def _panel(canvas: Canvas) -> Iterator[str]:
     if canvas.lines:
         yield from KINDS[canvas.panel["type"]](canvas)
     else:
-        yield text(width / 2, height / 2, "No data", "middle", 'class="dim"')
+        nothing = canvas.defaults.get("noValue", "No data")
+        yield text(width / 2, height / 2, shortened(nothing, width), "middle", 'class="dim"')

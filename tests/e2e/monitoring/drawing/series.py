@@ -47,14 +47,15 @@ def legend(form: str, labels: dict[str, str]) -> str:
     return f"{labels.get('__name__', '')}{{{shown}}}" if shown else labels.get("__name__", "Value")
 
 
-def lines_of(panel: Json, ask: Ask) -> list[Line]:
-    """The data of all targets of a panel."""
+def lines_of(panel: Json, ask: Ask, span: Span) -> list[Line]:
+    """The data of all targets of a panel. An instant one has what is there at the end of the time, and nothing else."""
     found = []
     for target in panel.get("targets", []):
         for series in ask(target["expr"]):
             points = [(float(at), float(value)) for at, value in series["values"]]
             points = [point for point in points if math.isfinite(point[1])]
-            if points:
+            gone = points and points[-1][0] < span.end - 1.5 * span.step
+            if points and not (gone and target.get("instant")):
                 name = legend(target.get("legendFormat", ""), series["metric"])
                 found.append(Line(name, series["metric"], points))
     return found

@@ -17,6 +17,7 @@ from xloom.protocol import XloomError
 from xloom.vllm.engine.lora_configs import (
     SHIPPED,
     SLICES,
+    SUFFIXES,
     VARIABLE,
     LoRAShapes,
     Shape,
@@ -82,23 +83,26 @@ def test_an_operators_own_folder_is_left_to_him() -> None:
 
 
 @pytest.mark.parametrize("max_loras", [2, 5, 17])
-def test_vllm_finds_a_shipped_configuration_for_every_batch(lookup: Lookup, max_loras: int) -> None:
+@pytest.mark.parametrize("suffix", ["SHRINK", "EXPAND_TRUE"])
+def test_vllm_finds_a_shipped_configuration_for_every_batch(lookup: Lookup, max_loras: int, suffix: str) -> None:
+    operator = SUFFIXES[suffix]
     folder = tuned_folder(H100, SHAPES, (SHIPPED,), {})
     assert folder is not None
-    shipped = json.loads((folder / file_name(H100, "SHRINK")).read_text(encoding="utf-8"))
-    assert fault(shipped, "shrink", SHAPES) is None
-    for shape in SHAPES.shrink:
+    shipped = json.loads((folder / file_name(H100, suffix)).read_text(encoding="utf-8"))
+    assert fault(shipped, operator, SHAPES) is None
+    for shape in SHAPES.of(operator):
         for batch in (1, 8, 31, 64, 65, 256, 2048, 16384):
             found = lookup(
                 folder,
-                "shrink",
+                operator,
                 max_loras=max_loras,
                 batch=batch,
-                hidden_size=shape.k,
-                rank=shape.n,
+                hidden_size=shape.k if operator == "shrink" else shape.n,
+                rank=shape.n if operator == "shrink" else shape.k,
                 num_slices=shape.slices,
+                add_inputs=True,
             )
-            nearest = min(("8", "32", "64", "2048"), key=lambda m: abs(int(m) - batch))
+            nearest = min(("8", "32", "64", "256", "2048"), key=lambda m: abs(int(m) - batch))
             assert found == shipped["5"][str(shape.slices)][nearest][str(shape.k)][str(shape.n)]
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xloom.mixtures.routing.arrow import ArrowRouting
+from xloom.mixtures.routing.inputs import with_absent
 from xloom.vllm.plugin import gates as module
 from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, segment_index
+from xloom.vllm.plugin.patches import check_kernels
 from xloom.vllm.plugin.punica_cpu import lora_linear
 
 from .routings import routing
@@ -33,7 +36,10 @@ def expected_delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rank: int,
     return ((x @ a[0, :rank].T) * gate) @ b[0, :, :rank].T
 
 
-@pytest.mark.parametrize("rows", [slice(2, 6), torch.tensor([0, 3, 6])], ids=["contiguous", "scattered"])
+PLACES = [slice(2, 6), torch.tensor([0, 3, 6]), slice(4, 5)]
+
+
+@pytest.mark.parametrize("rows", PLACES, ids=["contiguous", "scattered", "single"])
 def test_gates_multiply_between_shrink_and_expand_of_the_right_rows(rows: slice | torch.Tensor) -> None:
     x, a, b, y = weights()
     entry = bundle_rows(rows)
@@ -52,9 +58,59 @@ def test_gates_multiply_between_shrink_and_expand_of_the_right_rows(rows: slice 
     torch.testing.assert_close(y, expected)
 
 
-def test_a_bundle_without_gates_is_never_served_as_the_sum_of_its_adapters() -> None:
+def of_inputs() -> ArrowRouting:
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(2, WIDTH, generator=generator) for _ in NAMES]
+    segments = tuple(tuple(segment) for segment in SEGMENTS)
+    biases = [with_absent(torch.zeros(2), segment) for segment in segments]
+    return ArrowRouting(
+        num_adapters=2,
+        adapter_names=("one", "two"),
+        modules=tuple(NAMES),
+        segments=segments,
+        activation="softmax",
+        top_k=None,
+        temperature=0.7,
+        routers=tuple(zip(drawn, biases, strict=True)),
+    )
+
+
+@pytest.mark.parametrize("rows", PLACES, ids=["contiguous", "scattered", "single"])
+def test_gates_made_of_the_input_multiply_between_shrink_and_expand(rows: slice | torch.Tensor) -> None:
     x, a, b, y = weights()
-    BATCH.rows, BATCH.linears = [bundle_rows(slice(0, TOKENS))], {a[0].data_ptr(): NAMES}
+    mixture = of_inputs()
+    entry = SlotRows(7, 2, rows, {"m.q_proj": 5, "m.k_proj": 3}, SlotRouting(mixture))
+    BATCH.rows, BATCH.linears = [entry], {a[0].data_ptr(): NAMES}
+    expected = y.clone()
+    for number, (place, rank) in enumerate(((slice(0, 12), 5), (slice(12, 20), 3))):
+        gates = mixture.gates(number, x[rows])[:, segment_index(SEGMENTS[number])]
+        expected[rows, place] += expected_delta(x[rows], a[number][2], b[number][2], rank, gates)
+
+    lora_linear(y, x, a, b)
+
+    torch.testing.assert_close(y, expected)
+
+
+def test_a_gpu_without_the_kernel_for_gates_of_inputs_refuses_such_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BATCH, "input_gates", False)
+    with pytest.raises(RuntimeError, match=r"engine\.input_gates: true"):
+        check_kernels(of_inputs(), "cuda")
+    check_kernels(of_inputs(), "cpu")
+    check_kernels(routing(NAMES, SEGMENTS), "cuda")
+    monkeypatch.setattr(BATCH, "input_gates", True)
+    check_kernels(of_inputs(), "cuda")
+
+
+@pytest.mark.parametrize("rows", PLACES, ids=["contiguous", "scattered", "single"])
+def test_a_bundle_without_gates_is_never_served_as_the_sum_of_its_adapters(rows: slice | torch.Tensor) -> None:
+    x, a, b, y = weights()
+    entry = bundle_rows(rows)
+    BATCH.rows, BATCH.linears = [entry], {a[0].data_ptr(): NAMES}
+    with pytest.raises(RuntimeError, match="no gates"):
+        lora_linear(y, x, a, b)
+    entry.set_gates(torch.rand(len(torch.arange(TOKENS)[rows]), len(NAMES), 2))
+    lora_linear(y, x, a, b)
+    entry.gates = None  # as each step leaves it
     with pytest.raises(RuntimeError, match="no gates"):
         lora_linear(y, x, a, b)
 
@@ -64,7 +120,11 @@ def test_widened_and_narrow_gates_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     gates = torch.rand(4, 2, 2)
     wide = SlotRows(7, 0, slice(0, 4), {}, SlotRouting(routing(NAMES, SEGMENTS)))
     wide.set_gates(gates)
+    row = SlotRows(7, 0, slice(2, 3), {}, SlotRouting(routing(NAMES, SEGMENTS)))
+    row.set_gates(gates[2:3])
     monkeypatch.setattr(module, "WIDENED_GATE_BYTES", 0)
+    narrow_row = SlotRows(7, 0, slice(2, 3), {}, SlotRouting(routing(NAMES, SEGMENTS)))
+    narrow_row.set_gates(gates[2:3])
     narrow = SlotRows(7, 0, slice(0, 4), {}, SlotRouting(routing(NAMES, SEGMENTS)))
     narrow.set_gates(gates)
     assert (wide.widened, narrow.widened) == (True, False)
@@ -73,12 +133,17 @@ def test_widened_and_narrow_gates_are_the_same(monkeypatch: pytest.MonkeyPatch) 
             found = entry.gate_of(linear)
             assert found is not None
             assert torch.equal(found, expected)
+        for entry in (row, narrow_row):
+            found = entry.single_gate_of(linear)
+            assert found is not None
+            assert torch.equal(found, expected[2])
 
 
-def test_gates_for_other_ranks_than_the_weights_are_refused() -> None:
+@pytest.mark.parametrize("rows", [TOKENS, 1])
+def test_gates_for_other_ranks_than_the_weights_are_refused(rows: int) -> None:
     x, a, b, y = weights()
-    entry = SlotRows(7, 2, slice(0, TOKENS), {"m.q_proj": 5, "m.v_proj": 3}, SlotRouting(routing(NAMES, SEGMENTS)))
+    entry = SlotRows(7, 2, slice(0, rows), {"m.q_proj": 5, "m.v_proj": 3}, SlotRouting(routing(NAMES, SEGMENTS)))
     BATCH.rows, BATCH.linears = [entry], {a[0].data_ptr(): ["m.q_proj", "m.v_proj"]}
-    entry.set_gates(torch.rand(TOKENS, len(NAMES), 2))
+    entry.set_gates(torch.rand(rows, len(NAMES), 2))
     with pytest.raises(RuntimeError, match="ranks"):
         lora_linear(y, x, a, b)
