@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from xloom.compose.composition import PIECE, TUNING
+from xloom.compose.composition import PIECE
+from xloom.compose.course import CHOSEN_BY, Course
 from xloom.compose.evaluation import agreement, chosen_arrow, figures, ways
-from xloom.compose.learned import LinearRouter
-from xloom.compose.losses import gate_loss, language_loss
+from xloom.compose.learned import LearnedRouter
 from xloom.compose.mixture import Mixture
 from xloom.compose.model import load_base
 from xloom.compose.options import Options
 from xloom.compose.router import BundleRouter
 from xloom.compose.teacher import Teacher
 from xloom.compose.text import MIXED, Batches, Streams, held_out_rows, text_encoder
-from xloom.compose.training import Phase, train
+from xloom.compose.training import Told, train
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.stacking import stack_adapters
@@ -40,14 +40,20 @@ from .machine import machine, machine_line
 BASE = str(SAMPLE / "base")
 
 
-def trained(router: LinearRouter, phases: list[Phase]) -> dict[str, float]:
+def timed(work: Callable[[], None]) -> dict[str, float]:
     """Seconds that a training took: by the clock, and of processor time."""
     clock, processor = time.monotonic(), time.process_time()
-    train(router, phases, told=lambda told: print(told, flush=True) if told.step % 20 == 0 else None)
+    work()
     return {"seconds": time.monotonic() - clock, "processor_s": time.process_time() - processor}
 
 
-def measure(seeds: int, rows: int, options: Options, tune: int, kept_at: Path | None = None) -> dict[str, Any]:
+def told(step: Told) -> None:
+    """Now and then, how far a training is."""
+    if step.step % 20 == 0:
+        print(step, flush=True)
+
+
+def measure(seeds: int, rows: int, options: Options, kept_at: Path | None = None) -> dict[str, Any]:
     """`fixed`: the ways without training and the bundle; `seeds`: for each what was trained came to.
 
     What is known after each seed is written to `kept_at`.
@@ -61,7 +67,8 @@ def measure(seeds: int, rows: int, options: Options, tune: int, kept_at: Path | 
     teacher = Teacher.read(SAMPLE / "blend", modules, 256, None, BaseWeights(BASE))
     mixture = Mixture(load_base(ModelSettings(source=BASE), "cpu"), stack_adapters(teacher.adapters, modules))
     bundle = teacher.router(torch.device("cpu"))
-    arrow = chosen_arrow(mixture, Batches(training, options.batch, options.length, PIECE, 0).draw(-2)[0])
+    chosen_by = Batches(training, options.batch, options.length, PIECE, 0).draw(CHOSEN_BY)[0]
+    arrow = chosen_arrow(mixture, list(teacher.adapters.values()), chosen_by)
     fixed = figures(mixture, ways(mixture, arrow) | {"bundle": bundle}, columns)
     result: dict[str, Any] = {
         "machine": machine_line(machine()),
@@ -72,7 +79,7 @@ def measure(seeds: int, rows: int, options: Options, tune: int, kept_at: Path | 
     }
     for seed in range(seeds):
         batches = Batches(training, options.batch, options.length, PIECE, seed)
-        result["seeds"].append(one_seed(mixture, teacher, bundle, batches, columns, options, tune))
+        result["seeds"].append(one_seed(mixture, teacher, bundle, batches, columns, options))
         if kept_at:
             kept_at.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -85,31 +92,24 @@ def one_seed(
     batches: Batches,
     columns: dict[str, Tensor],
     options: Options,
-    tune: int,
 ) -> dict[str, Any]:
-    """Learn the bundle's gates, tune, and train another router from the adapters alone."""
+    """Fit the bundle's gates, tune, and train another router from the adapters alone."""
     found: dict[str, Any] = {}
 
-    def look(name: str, router: LinearRouter, took: dict[str, float]) -> None:
+    def look(name: str, router: LearnedRouter, took: dict[str, float]) -> None:
         judged = figures(mixture, {name: router}, columns)
         found[name] = took | {"perplexity": judged.perplexity[name], "gates": judged.gates[name]}
+        print(name, {column: round(value, 2) for column, value in judged.perplexity[name].items()}, flush=True)
 
-    def language(router: LinearRouter, first: int, share: float) -> Callable[[int], Tensor]:
-        return lambda step: language_loss(mixture, router, *batches.draw(first + step), share)
-
-    learner = teacher.student(mixture.stack)
-    learner.look(mixture, batches.draw(-1)[0])
-    peak, steps = options.learning_rate, options.steps
-    gates = Phase("gates", steps, peak, lambda step: gate_loss(mixture, learner, bundle, batches.draw(step)[0]))
-    look("distilled", learner, trained(learner, [gates]))
+    learning, composing = (Course(mixture, each, batches, options) for each in (teacher, None))
+    learner = learning.router()
+    look("distilled", learner, timed(lambda: learning.begin(learner)))
     alike = agreement(mixture, bundle, learner, columns[MIXED])
     found["distilled"]["agreement"] = {"tokens": alike.tokens, "adapters": alike.adapters, "gates": alike.gates}
-    tuning = Phase("tuning", tune, peak * TUNING, language(learner, steps, 0.0))
-    look("tuned", learner, trained(learner, [tuning]))
-    composed = LinearRouter(mixture.stack)
-    composed.look(mixture, batches.draw(-1)[0])
-    whole = Phase("composing", steps, peak, language(composed, 0, options.domain_share))
-    look("composed", composed, trained(composed, [whole]))
+    look("tuned", learner, timed(lambda: train(learner, learning.phases(learner), told=told)))
+    composed = composing.router()
+    composing.begin(composed)
+    look("composed", composed, timed(lambda: train(composed, composing.phases(composed), told=told)))
     return found
 
 
@@ -152,13 +152,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog="example: python -m benchmarks.compose")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (%(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="held-out rows of 512 tokens a column (%(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="of learning gates, and of composing (%(default)s)")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="of composing (%(default)s)")
     parser.add_argument("--tune", type=int, default=60, help="steps of tuning (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here, after each seed")
     arguments = parser.parse_args()
-    options = Options(steps=arguments.steps, learning_rate=arguments.learning_rate)
-    result = measure(arguments.seeds, arguments.rows, options, arguments.tune, arguments.json)
+    options = Options(steps=arguments.steps, tune=arguments.tune, learning_rate=arguments.learning_rate)
+    result = measure(arguments.seeds, arguments.rows, options, arguments.json)
     print(as_markdown(result))
 
 

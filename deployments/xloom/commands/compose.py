@@ -63,8 +63,8 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         what = f"{what} (default: {getattr(_DEFAULTS, name):g})"
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=what)
 
-    option("fitted_rows", int, "N", "distil: on which the bundle's gates are fitted by least squares, before the steps")
-    option("steps", int, "N", "of the training, or of learning a bundle's gates")
+    option("steps", int, "N", "of the training from adapters and text")
+    option("fitted_rows", int, "N", "distil: on which the bundle's gates are fitted by least squares")
     option("batch", int, "ROWS", "of a step")
     option("length", int, "TOKENS", "of a row")
     option("learning_rate", float, "RATE", "at its peak")
@@ -90,6 +90,9 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if named and arguments.distil:
         cure = "Leave --adapters out: they are the bundle's."
         raise XloomError("invalid_composition", "--adapters and --distil say both what is mixed.", cure)
+    if arguments.distil and arguments.steps is not None:
+        cure = "Give --tune STEPS."
+        raise XloomError("invalid_composition", "--steps says how long a router trains without --distil.", cure)
     with TemporaryDirectory(prefix="xloom-") as scratch, Stages(Console(stderr=True)) as stages:
         fetched = Path(scratch)
         plan = Plan(
@@ -123,8 +126,8 @@ def _settings(named: str | None) -> Settings:
 def chosen(arguments: argparse.Namespace) -> Options:
     """The plan's options, those given on the command line in place of the defaults."""
     names = (
-        "routing", "depth", "size", "layerwise", "temperature", "fitted_rows", "steps", "tune", "batch", "length",
-        "learning_rate", "domain_share", "seed", "held_out_rows",
+        "routing", "depth", "size", "layerwise", "temperature", "steps", "fitted_rows", "tune", "batch",
+        "length", "learning_rate", "domain_share", "seed", "held_out_rows",
     )  # fmt: skip
     return Options(**{name: value for name in names if (value := getattr(arguments, name)) is not None})
 

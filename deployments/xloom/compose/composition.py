@@ -68,7 +68,8 @@ def compose(plan: Plan, tokenizer: Any, listener: Listener | None = None, save_s
     checkpoint.load()  # refused before anything is loaded
     listener.stage("Reading text")
     options = plan.options
-    limit = options.batch * options.length * max(1, options.steps + options.tune)
+    rows = options.batch * max(1, options.steps, options.tune)
+    limit = options.length * max(rows, options.fitted_rows)
     read = partial(Streams.read, plan.text, plan.mixed, text_encoder(tokenizer))
     training, kept = read(held_out=False, limit=limit), read(held_out=True, limit=_HELD_OUT_TOKENS)
     piece = min(PIECE, options.length // 2)

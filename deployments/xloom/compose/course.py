@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from xloom.compose.learned import ClassifierRouter, LearnedRouter, LinearRouter
 from xloom.compose.least_squares import fit
-from xloom.compose.losses import gate_loss, language_loss
+from xloom.compose.losses import language_loss
 from xloom.compose.mixture import Mixture
 from xloom.compose.options import Options
 from xloom.compose.teacher import Teacher
@@ -53,34 +52,22 @@ class Course:
     def begin(self, router: LearnedRouter) -> None:
         """Bring a router to where its training starts from: equal gates, or a bundle's, by least squares."""
         router.look(self.mixture, self._drawn(self.batches, LOOKED_AT)[0])
-        if self.teacher is not None and self.options.fitted_rows:
+        if self.teacher is not None:
             assert isinstance(router, LinearRouter)
             ids, _ = self._drawn(replace(self.batches, rows=self.options.fitted_rows), FITTED_TO)
             bundle = self.teacher.router(self.mixture.device)
             fit(self.mixture, router, ids, bundle.logits(self.mixture.scaling_hidden(ids, bundle), router.activation))
 
     def phases(self, router: LearnedRouter) -> list[Phase]:
-        """The training from there on."""
-        options, peak = self.options, self.options.learning_rate
-        if self.teacher is None:
-            return [Phase("training the router", options.steps, peak, self._language(router, 0, options.domain_share))]
-        assert isinstance(router, LinearRouter)
-        tuning = self._language(router, options.steps, 0.0)
-        return [
-            Phase("learning the bundle's gates", options.steps, peak, self._gates(router, self.teacher)),
-            Phase("tuning by the language model's loss", options.tune, peak, tuning),
-        ]
+        """The training from there on, by the language model's loss."""
+        options, tuned = self.options, self.teacher is not None
+        name, steps = ("tuning the router", options.tune) if tuned else ("training the router", options.steps)
+        share = 0.0 if tuned else options.domain_share
 
-    def _language(self, router: LearnedRouter, first: int, share: float) -> Callable[[int], Tensor]:
         def loss(step: int) -> Tensor:
-            ids, domains = self._drawn(self.batches, first + step)
-            return language_loss(self.mixture, router, ids, domains, share)
+            return language_loss(self.mixture, router, *self._drawn(self.batches, step), share)
 
-        return loss
-
-    def _gates(self, router: LinearRouter, teacher: Teacher) -> Callable[[int], Tensor]:
-        bundle = teacher.router(self.mixture.device)
-        return lambda step: gate_loss(self.mixture, router, bundle, self._drawn(self.batches, step)[0])
+        return [Phase(name, steps, options.learning_rate, loss)]
 
     def _drawn(self, batches: Batches, number: int) -> tuple[Tensor, Tensor]:
         ids, domains = batches.draw(number)

@@ -129,11 +129,6 @@ class LinearRouter(LearnedRouter):
 
         mixture.watch(ids, None, take)
 
-    def logits(self, place: int, x: Tensor) -> Tensor:
-        """The logits `[batch, tokens, K]` over the temperature; -inf for an adapter that lacks the linear."""
-        weight, bias = self.folded(place)
-        return linear(x.float(), weight, with_absent(bias, self._form.segments[place])) / self.temperature
-
     def gates(self, place: int, x: Tensor) -> Tensor:
         weight, bias = self.folded(place)
         return self._form.gates_of(linear(x.float(), weight), with_absent(bias, self._form.segments[place]))

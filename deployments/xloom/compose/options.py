@@ -16,12 +16,12 @@ class Options:
     size: int = 256  # of its inner layers
     layerwise: bool = True  # gates of their own for each linear
     temperature: float = 1.0
-    fitted_rows: int = 32  # on which a bundle's gates are fitted by least squares; 0: none
-    steps: int = 120
-    tune: int = 0  # steps of language-model loss after a distillation
+    steps: int = 60  # of language-model loss, from equal gates
+    fitted_rows: int = 32  # on which a bundle's gates are fitted by least squares
+    tune: int = 0  # of language-model loss after that
     batch: int = 4
     length: int = 512
-    learning_rate: float = 2e-2
+    learning_rate: float = 1e-2
     domain_share: float = 0.05  # of the cross-entropy between mean gate and domain
     seed: int = 0
     held_out_rows: int = 8  # a column of the table

@@ -71,7 +71,7 @@ class Plan:
             "depth": 1,
             "size": 1,
             "steps": 0,
-            "fitted_rows": 0,
+            "fitted_rows": 1,
             "tune": 0,
             "batch": 1,
             "length": 16,

@@ -34,18 +34,18 @@ def _there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BOTH = ["--adapters", "code=./code", "docs=docs", "--text", "code=code.jsonl", "docs=docs.txt"]
-QUICK = ["--steps", "3", "--batch", "2", "--length", "32", "--held-out-rows", "1", "--device", "cpu"]
+STEPS, QUICK = ["--steps", "3"], ["--batch", "2", "--length", "32", "--held-out-rows", "1", "--device", "cpu"]
 
 
 def test_adapters_and_text_become_a_router_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "blend"
-    assert main(["compose", "./base", *BOTH, *QUICK, "--out", str(out)]) == 0
+    assert main(["compose", "./base", *BOTH, *STEPS, *QUICK, "--out", str(out)]) == 0
     told = capsys.readouterr()
     for row in ("base", "adapter code", "adapter docs", "uniform weights", "Arrow, top", "the new router"):
         assert row in told.out
     assert "Training: " in told.err
     assert list(load_linear_router(out).adapters) == ["code", "docs"]
-    assert main(["compose", "./base", *BOTH, *QUICK, "--out", str(out)]) == FAILED
+    assert main(["compose", "./base", *BOTH, *STEPS, *QUICK, "--out", str(out)]) == FAILED
     assert "folder_not_empty" in capsys.readouterr().err
 
 
@@ -68,6 +68,7 @@ def test_a_bundle_is_learned_from_and_json_says_how_alike_they_are(
         ([*BOTH, "sums=code.jsonl"], "invalid_composition"),
         ([*BOTH, "--distil", "./bundle"], "invalid_composition"),
         ([*BOTH, "--tune", "3"], "invalid_composition"),
+        (["--distil", "./bundle", "--mixed", "docs.txt", "--steps", "3"], "invalid_composition"),
         ([*BOTH, "--learning-rate", "-1"], "invalid_composition"),
         (["--adapters", "code", "docs=./docs"], "invalid_composition"),
         (["--distil", "./bundle"], "missing_text"),

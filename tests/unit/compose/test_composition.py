@@ -131,22 +131,23 @@ def test_an_xlora_router_is_served_and_equals_peft(llama: Path, plan: Plan, opti
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_a_bundles_gates_are_learned_then_tuned(llama: Path, plan: Plan, tmp_path: Path, even: bool) -> None:
+def test_a_bundles_gates_are_fitted_then_tuned(llama: Path, plan: Plan, tmp_path: Path, even: bool) -> None:
     targets = (ATTENTION + MLP, ATTENTION + MLP if even else ("q_proj", "down_proj"))
     specs = tuple({"rank": 4, "alpha": 4, "targets": each} for each in targets)
     bundle = tiny_bundle(tmp_path / "bundle", llama, adapters=specs)
-    plan = dataclasses.replace(plan, adapters={}, bundle=bundle, options=dataclasses.replace(SMALL, domain_share=0.05))
-    listener = Interrupting(-1)
-    composed = done(with_options(plan, steps=80, tune=4), listener)
-    losses = [told.loss for told in listener.told if told.phase == "learning the bundle's gates"]
-    assert losses[-1] < 0.8 * losses[0]
-    assert [told.step for told in listener.told][-4:] == [1, 2, 3, 4]
-    assert composed.agreement is not None
-    assert composed.agreement.adapters > 0.65
-    assert {"bundle", "router"} <= set(composed.figures.perplexity)
+    plan = dataclasses.replace(plan, adapters={}, bundle=bundle)
+    fitted = done(with_options(plan, fitted_rows=64))
+    assert fitted.agreement is not None
+    assert fitted.agreement.adapters > (0.6 if even else 0.8)
+    assert {"bundle", "router"} <= set(fitted.figures.perplexity)
     saved = load_linear_router(plan.out)
     assert saved.activation == ("softmax" if even else "sigmoid")
     assert list(saved.adapters) == ["0", "1"]
+    tuned = dataclasses.replace(plan, out=tmp_path / "tuned")
+    listener = Interrupting(-1)
+    composed = done(with_options(tuned, fitted_rows=64, tune=12), listener)
+    assert [told.step for told in listener.told] == list(range(1, 13))
+    assert composed.figures.perplexity["router"]["mixed"] < fitted.figures.perplexity["router"]["mixed"]
 
 
 @pytest.mark.parametrize(("after", "options"), [(5, {}), (5, {"routing": "xlora"}), (12, {})], ids=str)
@@ -190,14 +191,14 @@ def test_a_training_that_was_killed_goes_on_from_its_last_checkpoint(plan: Plan,
 def test_an_interrupted_tuning_goes_on_where_it_was(llama: Path, plan: Plan, tmp_path: Path) -> None:
     specs = tuple({"rank": 4, "alpha": 4, "targets": ATTENTION} for _ in range(2))
     bundle = tiny_bundle(tmp_path / "bundle", llama, adapters=specs)
-    plan = with_options(dataclasses.replace(plan, adapters={}, bundle=bundle), steps=4, tune=4)
+    plan = with_options(dataclasses.replace(plan, adapters={}, bundle=bundle), tune=6)
     whole = dataclasses.replace(plan, out=tmp_path / "whole")
     done(whole)
     with pytest.raises(KeyboardInterrupt):
-        done(plan, Interrupting(6))
+        done(plan, Interrupting(2))
     listener = Interrupting(-1)
     done(plan, listener)
-    assert [told.step for told in listener.told] == [3, 4]
+    assert [told.step for told in listener.told] == [3, 4, 5, 6]
     assert all(torch.equal(tensor, outcome(plan)[name]) for name, tensor in outcome(whole).items())
 
 
