@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from xloom.commands import check, dashboards, quantize, tune
+from xloom.commands import check, compose, dashboards, quantize, tune
 from xloom.commands.adapters import add_adapter, list_adapters, remove_adapter
 from xloom.commands.build import write_config
 from xloom.commands.doctor import diagnose, diagnose_cluster, show_isq
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_adapters(commands)
     _add_chat(commands)
     _add_generate(commands)
+    compose.add_parser(commands)
     quantize.add_parser(commands)
     tune.add_parser(commands)
     dashboards.add_parser(commands)

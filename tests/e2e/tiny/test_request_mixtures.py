@@ -110,9 +110,7 @@ def test_an_adapter_that_has_just_come_is_mixed_and_one_that_is_gone_is_not(
 ) -> None:
     adapter = tiny_adapter(tmp_path / "gamma", weights.base, seed=91, rank=40)
     assert server.load("gamma", adapter).status_code == 200
-    assert tokens(server, {"gamma": 1, "alpha": 0}, count=6) == peft_greedy(
-        peft_lora(weights.base, adapter), PROMPT, 6
-    )
+    assert tokens(server, {"gamma": 1, "alpha": 0}, count=6) == peft_greedy(peft_lora(weights.base, adapter), PROMPT, 6)
     other = tiny_adapter(tmp_path / "delta", weights.base, seed=92, rank=40)
     assert server.load("delta", other).status_code == 200
     with pytest.raises(openai.BadRequestError, match="add up to 80") as wide:
