@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from xloom.commands import check, dashboards, mix, quantize, tune
+from xloom.commands import check, compose, dashboards, mix, quantize, tune
 from xloom.commands.adapters import add_adapter, list_adapters, remove_adapter
 from xloom.commands.build import write_config
 from xloom.commands.doctor import diagnose, diagnose_cluster, show_isq
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     mix.add_parser(commands, _endpoint_options, _endpoint)
     _add_chat(commands)
     _add_generate(commands)
+    compose.add_parser(commands)
     quantize.add_parser(commands)
     tune.add_parser(commands)
     dashboards.add_parser(commands)

@@ -134,6 +134,7 @@ class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     extra: dict[str, Any] = {}  # engine-specific fields, passed through
     num_client_tokens: int | None = None  # of the prompt; those after them another replica has generated. None: all
     weights: dict[str, float] | None = None  # of a mixture with fixed gates, by adapter. None: the mixture's own
+    layer_gates: bool = False  # of a mixture: whether the gates of each layer are wanted
 
 
 class Logprobs(msgspec.Struct, array_like=True, omit_defaults=True):
@@ -154,6 +155,20 @@ class Logprobs(msgspec.Struct, array_like=True, omit_defaults=True):
         self.ranks += more.ranks
 
 
+class Gates(msgspec.Struct, array_like=True, omit_defaults=True):
+    """The gates of a chunk's tokens, of K adapters: those of the rows that the tokens were sampled from.
+
+    float32, little-endian.
+    """
+
+    tokens: bytes  # [num_tokens, K], means over linears
+    layers: bytes = b""  # [num_tokens, num_layers, K], where asked for; NaN for a layer without linears
+    # On the first chunk alone:
+    prompt: bytes = b""  # [K], the mean over the prompt's rows; its last token's is the first of the chunk's own
+    prompt_tokens: int = 0  # how many rows that is: not those that the prefix cache had
+    adapters: list[str] = []  # names, in their order
+
+
 class TokenChunk(msgspec.Struct, array_like=True, omit_defaults=True):
     """The new tokens of one request in one engine step."""
 
@@ -166,6 +181,7 @@ class TokenChunk(msgspec.Struct, array_like=True, omit_defaults=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first chunk
     queued_us: int = 0  # microseconds the request waited in the engine; set on the first chunk
     preemptions: int = 0  # times its pages were taken since its last chunk
+    gates: Gates | None = None  # of a mixture
 
 
 class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):

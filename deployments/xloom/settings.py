@@ -193,6 +193,7 @@ class LimitSettings(_Section):
     sequences: int = Field(512, ge=1)  # prompts times n
     logprobs: int = Field(128, ge=0)  # candidates of one token
     logprob_values: int = Field(131_072, ge=1)  # in one answer: of its prompts, or of what is generated
+    gate_values: int = Field(131_072, ge=1)  # of a mixture's, in one answer: tokens times adapters, times layers
     stop_strings: int = Field(64, ge=0)  # and as many bad words
     stop_characters: int = Field(1024, ge=1)  # of one of them
     logit_bias: int = Field(1024, ge=0)
@@ -212,6 +213,7 @@ class RouterSettings(_Section):
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # Ray resources of a router, which keep it where they are
     api_key: SecretStr | None = None  # or XLOOM_API_KEY
     admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; without it nobody changes adapters
+    console: bool = True  # the page at /console
     allow_anonymous: bool = False  # start without an API key at an address that others reach
     front_end_args: dict[str, Any] = {}  # options of vLLM's OpenAI front end: chat_template, tool_call_parser, ...
     limits: LimitSettings = LimitSettings()

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +19,7 @@ from xloom.mixtures.linear_router import load_linear_router
 from xloom.mixtures.lora import LoraWeights, read_lora
 from xloom.mixtures.options import ROUTER_FILE, XLORA_FILE
 from xloom.mixtures.overflow import check_range
-from xloom.mixtures.routing.arrow import ArrowRouting, prototype
+from xloom.mixtures.routing.arrow import ArrowRouting, prototypes
 from xloom.mixtures.routing.fixed import FixedRouting
 from xloom.mixtures.routing.inputs import with_absent
 from xloom.mixtures.routing.linear import LinearRouting
@@ -63,7 +62,7 @@ def prepare_mixture(
     else:
         _check_range(stack, 1.0)
         options = {"activation": "softmax", "top_k": blend.top_k, "temperature": blend.temperature or 1.0}
-        _write_routers(out, stack, _prototypes(stack, adapters))
+        _write_routers(out, stack, dict(zip(stack.modules, prototypes(stack, adapters), strict=True)))
         write_mixture(out, stack, options, ArrowRouting.kind)
     return Prepared.of(out, stack.rank, stack.tensors)
 
@@ -181,17 +180,6 @@ def _stack(
 def _check_range(stack: Stack, gate: float) -> None:
     matrices = {name: (a, b, 1.0) for name, (a, b) in stack.tensors.items()}
     check_range(Path("the mixture"), "broken_bundle", matrices, gate)
-
-
-def _prototypes(stack: Stack, adapters: list[LoraWeights]) -> Routers:
-    """R `[K, in]` of each module: the adapters' top right singular vectors, their scales left out; b is 0."""
-    found = {}
-    for name, segment in zip(stack.modules, stack.segments, strict=True):
-        weight = torch.zeros(len(adapters), stack.tensors[name][0].shape[1])
-        for adapter, _ in segment:
-            weight[adapter] = prototype(*adapters[adapter].tensors[name])
-        found[name] = (weight, torch.zeros(len(adapters)))
-    return found
 
 
 def _write_routers(out: Path, stack: Stack, routers: Routers) -> None:

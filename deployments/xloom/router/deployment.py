@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from xloom.observability import logs, traces
 from xloom.observability.journal import journal_for
 from xloom.observability.recorder import RECORDER
+from xloom.router.console import attach_console
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.draining import Draining
@@ -103,6 +104,8 @@ class Router:
         self._dispatcher.newest = lambda ref: self._manifest.ref(ref.name)
         control = Control(base, max_lora_rank, self._dispatcher, self._manifest, store, rules, mixtures)
         attach_routes(app, control)
+        if settings.router.console:
+            attach_console(app)
         keep_listed(app)
         register(self._dispatcher)
         endpoint = settings.router

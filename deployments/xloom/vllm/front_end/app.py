@@ -37,6 +37,7 @@ from xloom.vllm.front_end.argument_table import check_names
 from xloom.vllm.front_end.engine_client import RequestError, RoutedEngineClient
 from xloom.vllm.front_end.first_fault import FirstFault
 from xloom.vllm.front_end.large_answers import put_together_aside
+from xloom.vllm.front_end.mixture_answers import tell_mixtures
 from xloom.vllm.front_end.wording import in_settings
 from xloom.vllm.lora import lora_request, plain_name
 
@@ -145,6 +146,7 @@ async def build_front_end(engine: RoutedEngineClient, settings: Settings) -> tup
     for serving in vars(app.state)["_state"].values():
         if isinstance(serving, BaseServing):
             serving.create_error_response = coded_error_response
+    tell_mixtures(app.state)
     put_together_aside(app.state)
     models: ServedModels = app.state.openai_serving_models
     return app, models

@@ -1,0 +1,109 @@
+"""The loop that trains a router: phases of steps, each with its loss, a checkpoint now and then, and how far it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from xloom.compose.checkpoint import Checkpoint, Progress
+from xloom.compose.learned import LearnedRouter, parameters_of
+from xloom.compose.optimiser import Optimiser
+from xloom.protocol import XloomError
+
+SAVE_S = 30.0  # between two checkpoints
+_SMOOTH = 0.95  # of the loss that is shown
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of one kind; `loss` gives that of a step, by its number in the phase."""
+
+    name: str
+    steps: int
+    peak: float  # learning rate
+    loss: Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told after each step."""
+
+    phase: str
+    step: int
+    steps: int
+    loss: float  # smoothed
+    left_s: float  # of this phase
+
+    def __str__(self) -> str:
+        left = f"{self.left_s / 60:.0f} min" if self.left_s >= 90 else f"{self.left_s:.0f} s"
+        return f"{self.phase}, step {self.step} of {self.steps}, loss {self.loss:.4f}, {left} left"
+
+
+def train(
+    router: LearnedRouter,
+    phases: Sequence[Phase],
+    checkpoint: Checkpoint | None = None,
+    told: Callable[[Told], object] = lambda step: None,
+    save_s: float = SAVE_S,
+) -> None:
+    """Train a router in place, from its checkpoint on if there is one; interrupted, it leaves one (KeyboardInterrupt).
+
+    Raises `XloomError`: diverged, checkpoint_unusable.
+    """
+    parameters = parameters_of(router)
+    found = checkpoint.load() if checkpoint else None
+    if found is not None:
+        router.load_state_dict(found.router)
+    for number, phase in enumerate(phases):
+        optimiser = Optimiser(parameters, phase.steps, phase.peak, weight_decay=0.0)
+        if found is not None and found.phase > number:
+            continue
+        if found is not None and found.phase == number and found.done:
+            optimiser.load(found.optimiser, found.done)
+        _run(router, number, phase, optimiser, checkpoint, told, save_s)
+        if checkpoint:
+            checkpoint.save(Progress(number + 1, 0, router.state_dict(), {}))
+
+
+def _run(
+    router: LearnedRouter,
+    number: int,
+    phase: Phase,
+    optimiser: Optimiser,
+    checkpoint: Checkpoint | None,
+    told: Callable[[Told], object],
+    save_s: float,
+) -> None:
+    began = saved = time.monotonic()
+    first, shown, whole = optimiser.done, math.nan, True
+
+    def save() -> None:
+        if checkpoint:
+            state = optimiser.state() if optimiser.done else {}
+            checkpoint.save(Progress(number, optimiser.done, router.state_dict(), state))
+
+    try:
+        while optimiser.done < phase.steps:
+            loss = phase.loss(optimiser.done)
+            value = loss.item()
+            if not math.isfinite(value):
+                message = f"The loss of {phase.name} became {value} at step {optimiser.done + 1}."
+                raise XloomError("diverged", message, "Lower the learning rate (--learning-rate).")
+            whole = False
+            optimiser.step(loss)
+            whole = True
+            shown = value if math.isnan(shown) else _SMOOTH * shown + (1 - _SMOOTH) * value
+            now = time.monotonic()
+            left = (now - began) / (optimiser.done - first) * (phase.steps - optimiser.done)
+            told(Told(phase.name, optimiser.done, phase.steps, shown, left))
+            if now - saved >= save_s:
+                saved = now
+                save()
+    except KeyboardInterrupt:
+        if whole:  # else in mid-step: the checkpoint before stands
+            save()
+        raise
