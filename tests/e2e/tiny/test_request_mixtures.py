@@ -41,7 +41,11 @@ def tokens(server: Served, sent: dict[str, float], model: str = "base", count: i
         model=model, prompt=list(PROMPT), max_tokens=count, temperature=0, extra_body=TOKENS | {"mixture": sent}
     )
     assert answer.model == model
-    found: list[int] = (answer.choices[0].model_extra or {})["token_ids"]
+    extra = answer.choices[0].model_extra or {}
+    told = extra["mixture"]
+    assert (told["name"], told["routing"], told["adapters"]) == (model, "fixed", sorted(told["adapters"]))
+    assert told["gates"] == pytest.approx(dict.fromkeys(told["adapters"], 0.0) | sent)
+    found: list[int] = extra["token_ids"]
     return found
 
 
@@ -113,6 +117,8 @@ def test_the_command_line_mixes_replaces_and_removes(
     assert (mixed.returncode, mixed.stderr) == (0, "")
     told = json.loads(mixed.stdout)
     assert (told["name"], told["routing"], told["adapters"]) == ("routed", "arrow", ["alpha", "beta"])
+    assert [set(each) for each in told["gates"]] == [{"alpha", "beta"}] * 4
+    assert isinstance(told["near_uniform"], bool)
     assert server.greedy("routed", list(PROMPT), 12) == server.greedy("arrow", list(PROMPT), 12)
     assert tokens(server, {"beta": 1}, "routed") == oracle("beta", PROMPT, 12)
     card = next(card for card in server.openai.models.list() if card.id == "routed")
