@@ -243,7 +243,7 @@ class RequestMixtureSettings(_Section):
     """What is kept for requests that mix adapters by weights of their own."""
 
     most: int = Field(16, ge=1)  # sets of adapters
-    idle_s: float = Field(600, gt=0)  # until one that no request has used is taken out
+    idle_s: float = Field(600, ge=60)  # until one that no request has used is taken out
     wait_s: float = Field(60, gt=0)  # the first request for one waits so long
 
 
