@@ -53,6 +53,9 @@ def adapter_number(key: str) -> int:
     return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") & 0x7FFFFFFF) or 1
 
 
+REQUESTS = "+"  # what names of the mixtures that requests ask for begin with, as no other's do
+
+
 class AdapterRef(msgspec.Struct, frozen=True):
     """What a request is served with: an adapter or bundle at one generation (its content hash)."""
 
@@ -64,6 +67,16 @@ class AdapterRef(msgspec.Struct, frozen=True):
     def is_mixture(self) -> bool:
         """Whether it has gates."""
         return self.kind in MIXTURES
+
+    @property
+    def of_requests(self) -> bool:
+        """Whether requests asked for it by their weights alone: nobody names it."""
+        return self.name.startswith(REQUESTS)
+
+    @property
+    def label(self) -> str:
+        """What metrics call it: those of requests come and go, and have one name."""
+        return f"{REQUESTS}requests" if self.of_requests else self.name
 
     @property
     def key(self) -> str:
@@ -97,6 +110,7 @@ class Blend(msgspec.Struct, frozen=True, omit_defaults=True):
     weights: dict[str, float] = {}  # of fixed; empty: alike, and together 1
     top_k: int | None = None  # of arrow; None: all
     temperature: float | None = None  # of arrow; None: 1
+    generations: dict[str, str] = {}  # of the adapters that are the store's own, by name: read there, not at the source
 
 
 class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -114,6 +128,7 @@ class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     extra: dict[str, Any] = {}  # engine-specific fields, passed through
     num_client_tokens: int | None = None  # of the prompt; those after them another replica has generated. None: all
     weights: dict[str, float] | None = None  # of a mixture with fixed gates, by adapter. None: the mixture's own
+    layer_gates: bool = False  # of a mixture: whether the gates of each layer are wanted
 
 
 class Logprobs(msgspec.Struct, array_like=True, omit_defaults=True):
@@ -134,6 +149,20 @@ class Logprobs(msgspec.Struct, array_like=True, omit_defaults=True):
         self.ranks += more.ranks
 
 
+class Gates(msgspec.Struct, array_like=True, omit_defaults=True):
+    """The gates of a chunk's tokens, of K adapters: those of the rows that the tokens were sampled from.
+
+    float32, little-endian.
+    """
+
+    tokens: bytes  # [num_tokens, K], means over linears
+    layers: bytes = b""  # [num_tokens, num_layers, K], where asked for; NaN for a layer without linears
+    # On the first chunk alone:
+    prompt: bytes = b""  # [K], the mean over the prompt's rows; its last token's is the first of the chunk's own
+    prompt_tokens: int = 0  # how many rows that is: not those that the prefix cache had
+    adapters: list[str] = []  # names, in their order
+
+
 class TokenChunk(msgspec.Struct, array_like=True, omit_defaults=True):
     """The new tokens of one request in one engine step."""
 
@@ -146,6 +175,7 @@ class TokenChunk(msgspec.Struct, array_like=True, omit_defaults=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first chunk
     queued_us: int = 0  # microseconds the request waited in the engine; set on the first chunk
     preemptions: int = 0  # times its pages were taken since its last chunk
+    gates: Gates | None = None  # of a mixture
 
 
 class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -192,6 +192,7 @@ class LimitSettings(_Section):
     sequences: int = Field(512, ge=1)  # prompts times n
     logprobs: int = Field(128, ge=0)  # candidates of one token
     logprob_values: int = Field(131_072, ge=1)  # in one answer: of its prompts, or of what is generated
+    gate_values: int = Field(131_072, ge=1)  # of a mixture's, in one answer: tokens times adapters, times layers
     stop_strings: int = Field(64, ge=0)  # and as many bad words
     stop_characters: int = Field(1024, ge=1)  # of one of them
     logit_bias: int = Field(1024, ge=0)
@@ -211,6 +212,7 @@ class RouterSettings(_Section):
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # Ray resources of a router, which keep it where they are
     api_key: SecretStr | None = None  # or XLOOM_API_KEY
     admin_key: SecretStr | None = None  # or XLOOM_ADMIN_KEY; without it nobody changes adapters
+    console: bool = True  # the page at /console
     allow_anonymous: bool = False  # start without an API key at an address that others reach
     front_end_args: dict[str, Any] = {}  # options of vLLM's OpenAI front end: chat_template, tool_call_parser, ...
     limits: LimitSettings = LimitSettings()
@@ -236,6 +238,14 @@ class SourceLimits(_Section):
     stall_s: float = Field(30, gt=0)  # seconds without a byte
 
 
+class RequestMixtureSettings(_Section):
+    """What is kept for requests that mix adapters by weights of their own."""
+
+    most: int = Field(16, ge=1)  # sets of adapters
+    idle_s: float = Field(600, gt=0)  # until one that no request has used is taken out
+    wait_s: float = Field(60, gt=0)  # the first request for one waits so long
+
+
 class StoreSettings(_Section):
     """The adapter store's folders, and what may be added to it at run time."""
 
@@ -245,6 +255,7 @@ class StoreSettings(_Section):
     # Prefixes of sources that may be added at run time, beside those that `adapters` and `xlora` name.
     sources: list[str] = ["hf://"]
     limits: SourceLimits = SourceLimits()
+    request_mixtures: RequestMixtureSettings = RequestMixtureSettings()
 
     @field_validator("sources")
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
 from xloom.mixtures.prepare_mixture import prepare_linear, prepare_mixture
-from xloom.protocol import AdapterRef, Blend, Overrides, TokenRequest
+from xloom.protocol import AdapterRef, Blend, Gates, Overrides, TokenRequest
 from xloom.settings import EngineSettings, ModelSettings
 from xloom.vllm.engine.backend import VLLMBackend
 
@@ -28,6 +28,7 @@ class Answer:
     scores: list[dict[int, float]] = field(default_factory=list)  # per token: candidate -> logit or log-probability
     finish_reason: str | None = None
     cached: int = 0
+    gates: list[Gates] = field(default_factory=list)  # a chunk each
 
 
 class Engine:
@@ -59,6 +60,8 @@ class Engine:
                     continue
                 answer.tokens += chunk.token_ids
                 answer.cached = max(answer.cached, chunk.num_cached_tokens)
+                if chunk.gates is not None:
+                    answer.gates.append(chunk.gates)
                 if chunk.logprobs is not None:
                     rows = zip(chunk.logprobs.token_ids, chunk.logprobs.logprobs, strict=True)
                     answer.scores += [dict(zip(ids, values, strict=True)) for ids, values in rows]
@@ -100,6 +103,7 @@ class Engine:
         adapter: AdapterRef | None = None,
         *,
         weights: dict[str, float] | None = None,
+        layer_gates: bool = False,
         **sampling: Any,
     ) -> Future[Answer]:
         """Submit one request; greedy, to its full length, unless `sampling` says otherwise."""
@@ -108,7 +112,8 @@ class Engine:
         options = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True} | sampling
         future: Future[Answer] = Future()
         self._answers[request_id], self._waiting[request_id] = Answer(), future
-        self.call(self.backend.submit(TokenRequest(request_id, list(prompt), options, adapter, weights=weights)))
+        request = TokenRequest(request_id, list(prompt), options, adapter, weights=weights, layer_gates=layer_gates)
+        self.call(self.backend.submit(request))
         return future
 
     def generate(self, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> Answer:

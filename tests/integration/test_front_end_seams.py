@@ -22,6 +22,8 @@ from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
 from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
@@ -38,6 +40,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, Mod
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tasks import SupportedTask
@@ -144,7 +147,9 @@ FIELDS: dict[type, set[str]] = {
     EngineCoreRequest: {"request_id", "prompt_token_ids", "mm_features", "sampling_params", "arrival_time",
                         "lora_request", "cache_salt", "priority", "reasoning_ended", "abort_immediately"},
     EngineCoreOutput: {"finish_reason", "stop_reason", "new_logprobs", "new_prompt_logprobs_tensors",
-                       "prefill_stats", "events"},
+                       "prefill_stats", "events", "spec_decode_metrics"},
+    CompletionOutput: {"index", "finish_reason", "spec_decode_metrics"},
+    AnthropicMessagesResponse: {"model"},
     EngineCoreOutputs: {"outputs", "scheduler_stats"},
     SchedulerStats: {"num_running_reqs", "num_waiting_reqs", "kv_cache_usage", "prefix_cache_stats"},
     SamplingParams: {"_eos_token_id", "_all_stop_token_ids", "_bad_words_token_ids"},
@@ -369,6 +374,40 @@ def test_a_completion_is_what_its_results_were_made_into() -> None:
     assert source.rstrip().endswith("return response")
     handed_on = inspect.getsource(OpenAIServingCompletion.create_completion)
     assert "return await self._with_kv_transfer_rejection_cleanup(" in handed_on
+
+
+@pytest.mark.parametrize(
+    ("make", "taken"),
+    [
+        (OpenAIServingChat.chat_completion_stream_generator, ["request", "result_generator"]),
+        (OpenAIServingChat.chat_completion_full_generator, ["request", "result_generator"]),
+        (OpenAIServingChatBatch.chat_completion_full_generator_batch, ["request", "generators"]),
+        (OpenAIServingCompletion.completion_stream_generator, ["request", "engine_inputs", "result_generator"]),
+        (OpenAIServingCompletion.request_output_to_completion_response, ["final_res_batch"]),
+        (
+            OpenAIServingResponses.responses_full_generator,
+            ["request", "sampling_params", "result_generator", "context"],
+        ),
+        (AnthropicServingMessages.messages_full_converter, ["generator"]),
+        (AnthropicServingMessages.message_stream_converter, ["generator"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_answers_are_made_where_mixtures_are_told(make: Any, taken: list[str]) -> None:
+    assert list(inspect.signature(make).parameters)[1 : 1 + len(taken)] == taken
+    module = inspect.getmodule(make)
+    assert module is not None
+    assert f"self.{make.__name__}(" in inspect.getsource(module)
+
+
+def test_what_comes_with_a_requests_last_output_reaches_its_completion() -> None:
+    processed = inspect.getsource(OutputProcessor.process_outputs)
+    assert "req_state.spec_decode_metrics = engine_core_output.spec_decode_metrics" in processed
+    made = inspect.getsource(RequestState._new_completion_output)
+    assert "spec_decode_metrics=self.spec_decode_metrics if finished else None" in made
+    joined = " ".join(inspect.getsource(RequestOutput.add).split())
+    assert "completion.spec_decode_metrics = ( next_completion.spec_decode_metrics )" in joined
+    assert inspect.signature(AsyncLLM.generate).parameters["lora_request"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 def test_answers_are_written_by_the_routes_own_name() -> None:

@@ -43,6 +43,7 @@ def test_every_answer_is_pefts_and_nothing_is_left(run: str) -> None:
     assert report["runner"] == f"vllm.v1.worker.gpu{'.' if 'v2' in run else '_'}model_runner"
     assert report["scheduler"] == ("Async" if "asynchronous" in run else "") + "MixtureScheduler"
     assert report["wrong"] == []
+    assert report["gates_off"] == []
     assert report["unfinished"] == []
     assert report["overfull"] == 0  # never more requests at once than max_num_seqs
     assert set(report["left"].values()) == {0}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import vllm
 from vllm.lora.model_manager import LoRAModelManager
@@ -22,13 +24,16 @@ from vllm.utils import torch_utils
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.executor.multiproc_executor import WorkerProc
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
-from xloom.vllm.plugin import activate
+from xloom.vllm.plugin import GATES, activate
 from xloom.vllm.plugin.scheduler import AsyncMixtureScheduler, PairScheduling
 from xloom.vllm.plugin.worker import MixtureWorker
 
@@ -121,6 +126,18 @@ def test_a_worker_method_of_ours_is_reached_through_the_engine_core() -> None:
     assert called == ["self", "method", "timeout", "args", "kwargs"]
     for method in vars(MixtureWorker):
         assert method.startswith("__") or not hasattr(WorkerBase, method)
+
+
+def test_gates_go_with_a_steps_output_to_the_client() -> None:
+    assert "kv_transfer_params" in EngineCoreOutput.__struct_fields__
+    assert inspect.signature(AsyncModelRunnerOutput.get_output).parameters.keys() == {"self"}
+    output = ModelRunnerOutput([], {})
+    vars(output)[GATES] = {}
+    assert getattr(pickle.loads(pickle.dumps(output)), GATES) == {}  # as it comes from a worker of several
+    assert "output = output.get_output()" in inspect.getsource(WorkerProc.enqueue_output)
+    assert list(inspect.signature(GPUModelRunner.sample_tokens).parameters) == ["self", "grammar_output"]
+    second = (Path(vllm.__file__).parent / "v1/worker/gpu/model_runner.py").read_text(encoding="utf-8")
+    assert "def sample_tokens(\n        self, grammar_output: GrammarOutput | None\n" in second
 
 
 def test_lora_seams_keep_their_signatures() -> None:

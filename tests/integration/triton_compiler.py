@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from vllm.lora.ops.triton_ops.lora_expand_op import _lora_expand_kernel
 from vllm.lora.ops.triton_ops.lora_shrink_op import _lora_shrink_kernel
 
-from xloom.mixtures.routing.inputs import MOST_ADAPTERS
+from xloom.mixtures.weights import MOST_ADAPTERS
 from xloom.vllm.plugin.gate_tables import ABSOLUTE, SIGMOID
 from xloom.vllm.plugin.gated_shrink import gated_shrink_kernel
 from xloom.vllm.plugin.input_gates import BLOCK_K, BLOCK_M, input_gates_kernel

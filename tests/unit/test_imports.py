@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "verification": {"engines", "mixtures", "quantization"},
     "autoscaling": set(),
     "replica": {"engines", "adapters", "verification", "wire"},
-    "router": {"adapters", "wire"},
+    "router": {"adapters", "mixtures", "wire"},
     "front_end": {"router", "vllm", "adapters"},
     "sample": {"compose", "mixtures", "quantization"},
 }

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,16 @@ import msgspec
 
 from xloom.adapters import sources
 from xloom.adapters.companions import fetch_companions
-from xloom.adapters.manifest import Entry, Manifest, ManifestFile, folder_generation, generation_of, read_files
+from xloom.adapters.manifest import (
+    Entry,
+    Manifest,
+    ManifestFile,
+    adapter_names,
+    folder_generation,
+    generation_of,
+    read_files,
+)
+from xloom.adapters.request_mixtures import request_mixture_name
 from xloom.adapters.source_rules import SourceRules
 from xloom.adapters.validation import base_shape, check_name, check_overrides, detect_kind
 from xloom.protocol import NO_OVERRIDES, Blend, Overrides, XloomError, adapter_number
@@ -69,7 +78,7 @@ class AdapterCatalog:
         shutil.rmtree(self._incoming, ignore_errors=True)  # of an add that a crash cut short
         self._incoming.mkdir()
         self._file = ManifestFile(folder)
-        self._manifest = self._file.load()
+        self._manifest = self._with_adapters(self._file.load())
         self._drop_missing()
         self._collect()
 
@@ -84,8 +93,8 @@ class AdapterCatalog:
         return self._manifest.version
 
     def entries(self) -> tuple[Entry, ...]:
-        """All adapters and bundles."""
-        return self._manifest.entries
+        """All adapters, bundles and mixtures that have names."""
+        return self._manifest.named
 
     def add(
         self,
@@ -129,13 +138,10 @@ class AdapterCatalog:
         of adapters, whose own sources are read instead.
         """
         check_name(name, self._reserved)
-        scratch = self._incoming / uuid.uuid4().hex
-        prepared = scratch / "prepared"
-        fetched = scratch / "source" / "fetched"  # what a bundle names as ../x comes to lie in `source`
-        prepared.mkdir(parents=True)
-        try:
+        with self._work() as (scratch, prepared):
+            fetched = scratch / "fetched"  # what a bundle names as ../x comes to lie in `scratch`
             if blend is not None:
-                kind, result = blend.routing, self._mix(blend, scratch / "source", prepared, rules)
+                kind, result = blend.routing, self._mix(blend, scratch, prepared, rules)
             else:
                 sources.fetch(source, fetched, rules)
                 with _speaking_of(source, fetched):
@@ -143,21 +149,41 @@ class AdapterCatalog:
                     kind = detect_kind(found, source, kind)
                     check_overrides(kind, overrides)
                     result = self._prepare(source, fetched, found, kind, overrides, prepared, rules)
-            entry = Entry(
-                name=name,
-                kind=kind,
-                generation=folder_generation(prepared),
-                rank=result.rank,
-                targets=result.targets,
-                size=result.size,
-                source=source,
-                overrides=overrides,
-                added_at=time.time(),
-                verify=verify,
-                configured=configured,
-                blend=blend,
-            )
+            entry = _entry(name, kind, source, prepared, result)
+            flags = {"verify": verify, "configured": configured}
+            entry = msgspec.structs.replace(entry, overrides=overrides, blend=blend, **flags)
             yield Staged(entry, prepared, rules)
+
+    @contextmanager
+    def gather(self, parts: Mapping[str, str], max_rank: int) -> Iterator[Staged]:
+        """As `stage`, of entries that are here (name -> generation): what requests with weights of their own use.
+
+        Of adapters their stack, in the order of their names; of one mixture its stack with constants for gates.
+        `max_rank` is what the engines that run have room for. Raises `XloomError`.
+        """
+        from xloom.mixtures.prepare_mixture import prepare_request_mixture, with_constant_gates
+
+        with self._work() as (scratch, prepared):
+            copies = self._copies_of(parts, scratch)
+            names = sorted(copies)
+            with self._preparing:
+                if len(names) == 1 and adapter_names(copies[names[0]]):
+                    result = with_constant_gates(copies[names[0]], prepared)
+                else:
+                    modules, rank = base_shape(*self._base).modules, min(max_rank, self._max_rank)
+                    folders = {name: copies[name] for name in names}
+                    result = prepare_request_mixture(folders, modules, prepared, max_rank=rank)
+            entry = _entry(request_mixture_name(parts), "fixed", ", ".join(names), prepared, result)
+            yield Staged(msgspec.structs.replace(entry, parts=dict(parts)), prepared)
+
+    @contextmanager
+    def _work(self) -> Iterator[tuple[Path, Path]]:
+        """A folder for what is fetched, and one for what is prepared, for as long as the block takes."""
+        scratch = self._incoming / uuid.uuid4().hex
+        prepared = scratch / "prepared"
+        prepared.mkdir(parents=True)
+        try:
+            yield scratch / "source", prepared
         except OSError as error:
             raise _unwritable(self._prepared.parent, error) from None
         finally:
@@ -167,9 +193,13 @@ class AdapterCatalog:
         from xloom.mixtures.base_weights import BaseWeights
         from xloom.mixtures.prepare_mixture import prepare_mixture
 
+        copies = self._copies_of(blend.generations, scratch / "copies")
         folders, spoken = {}, ExitStack()
         with spoken:
             for number, (name, source) in enumerate(blend.adapters.items()):
+                if name in copies:
+                    folders[name] = copies[name]
+                    continue
                 fetched = scratch / str(number)
                 sources.fetch(source, fetched, rules)
                 spoken.enter_context(_speaking_of(source, fetched))
@@ -179,6 +209,27 @@ class AdapterCatalog:
             with self._preparing:
                 weights = BaseWeights(*self._base)
                 return prepare_mixture(blend, folders, base.modules, out, max_rank=self._max_rank, base=weights)
+
+    def _copies_of(self, parts: Mapping[str, str], folder: Path) -> dict[str, Path]:
+        """Copies (links) of prepared entries, which stay when those are removed meanwhile.
+
+        Raises `XloomError`: adapter_superseded, generation_damaged.
+        """
+        found = {}
+        with self._changing:
+            for number, (name, generation) in enumerate(parts.items()):
+                entry = self._manifest.get(name)
+                if entry is None or entry.generation != generation:
+                    message = f"{name!r} was replaced or removed meanwhile."
+                    raise XloomError("adapter_superseded", message, "Send it again.", 409)
+                found[name] = folder / str(number)
+                found[name].mkdir(parents=True)
+                for file in (self._prepared / generation).iterdir():
+                    os.link(file, found[name] / file.name)
+        for name, generation in parts.items():
+            if folder_generation(found[name]) != generation:
+                raise _damaged(generation, "damaged on disk")
+        return found
 
     def _prepare(
         self,
@@ -323,16 +374,24 @@ class AdapterCatalog:
             return entry
 
     def prune(self, names: Collection[str]) -> list[Entry]:
-        """Take out what a settings file once named and `names` lacks; what was added at run time stays."""
+        """Take out what a settings file once named and `names` lacks; what was added at run time stays.
+
+        What requests asked for of an earlier deployment goes, too.
+        """
         with self._changing:
-            left = [entry for entry in self._manifest.entries if entry.configured and entry.name not in names]
-            manifest = self._manifest
+            left = [entry for entry in self._manifest.named if entry.configured and entry.name not in names]
             for entry in left:
                 self._replaced.pop(entry.name, None)
-                manifest = manifest.without(entry.name)
-            if left:
-                self._change(manifest)
+            gone = [entry.name for entry in left] + list(self._manifest.of_requests)
+            if gone:
+                self._change(self._manifest.without(*gone))
             return left
+
+    def drop(self, names: Collection[str]) -> None:
+        """Take out what requests asked for and use no more."""
+        with self._changing:
+            if gone := [name for name in names if name in self._manifest.of_requests]:
+                self._change(self._manifest.without(*gone))
 
     def revert(self, name: str, generation: str) -> Entry | None:
         """Undo the add of an entry: what it replaced comes back, else it is removed. None when it is there no more."""
@@ -368,8 +427,12 @@ class AdapterCatalog:
             raise _no_generation(generation)
         try:
             rules = self._rules.get(entry.key)
-            stage = self.stage(entry.name, entry.source, entry.kind, entry.overrides, rules=rules, blend=entry.blend)
-            with stage as staged:
+            if entry.parts:
+                again = self.gather(entry.parts, self._max_rank)
+            else:
+                source = (entry.name, entry.source, entry.kind, entry.overrides)
+                again = self.stage(*source, rules=rules, blend=entry.blend)
+            with again as staged:
                 if staged.entry.generation != generation:
                     raise _damaged(generation, f"damaged on disk, and {entry.source!r} has other content by now")
                 with self._changing:
@@ -381,9 +444,20 @@ class AdapterCatalog:
             raise _damaged(generation, f"damaged on disk, and can't be had from its source again: {error}") from None
 
     def _change(self, manifest: Manifest) -> None:
+        manifest = manifest.whole
         self._file.save(manifest)
         self._manifest = manifest
         self._collect()
+
+    def _with_adapters(self, manifest: Manifest) -> Manifest:
+        """What was written before entries said the names of a mixture's adapters."""
+
+        def told(entry: Entry) -> Entry:
+            if entry.adapters or not entry.ref.is_mixture:
+                return entry
+            return msgspec.structs.replace(entry, adapters=adapter_names(self._prepared / entry.generation))
+
+        return Manifest(manifest.version, tuple(map(told, manifest.entries)))
 
     def _collect(self) -> None:
         """Delete the generations that no entry names, nor one that may come back."""
@@ -399,6 +473,20 @@ class AdapterCatalog:
             self._manifest = self._manifest.without(entry.name)
         if missing:
             self._file.save(self._manifest)
+
+
+def _entry(name: str, kind: str, source: str, prepared: Path, result: Prepared) -> Entry:
+    return Entry(
+        name=name,
+        kind=kind,
+        generation=folder_generation(prepared),
+        rank=result.rank,
+        targets=result.targets,
+        size=result.size,
+        source=source,
+        added_at=time.time(),
+        adapters=adapter_names(prepared),
+    )
 
 
 @contextmanager

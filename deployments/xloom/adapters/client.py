@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,6 +75,14 @@ class StoreClient:
         arguments = (name, source, kind, overrides, replace, max_rank, verify, configured, mixtures, rules, blend)
         return cast(Entry, await self._change("add", *arguments, limit_s=limit_s))
 
+    async def gather(self, parts: Mapping[str, str], max_rank: int, most: int) -> Entry:
+        """What requests with weights use of these entries; see `AdapterStore.gather`."""
+        return cast(Entry, await self._change("gather", dict(parts), max_rank, most, limit_s=_PREPARE_S))
+
+    async def keep(self, names: Sequence[str], idle_s: float) -> None:
+        """Say which mixtures of requests are in use; see `AdapterStore.keep`."""
+        await self._call("keep", list(names), idle_s)
+
     async def remove(self, name: str) -> Entry | None:
         """Take an adapter out; its entry, None when the store died after removing it. Raises adapter_not_found."""
         return cast("Entry | None", await self._change("remove", name, gone="adapter_not_found"))
@@ -128,6 +136,10 @@ class StoreClient:
     async def await_resident(self, name: str, generation: str, timeout_s: float) -> list[str]:
         """Wait until each live replica holds an entry; returns their ids. See `AdapterStore.await_resident`."""
         return cast("list[str]", await self._call("await_resident", name, generation, timeout_s, wait_s=timeout_s))
+
+    async def await_held(self, name: str, generation: str, timeout_s: float) -> None:
+        """Wait until one live replica holds an entry. See `AdapterStore.await_held`."""
+        await self._call("await_held", name, generation, timeout_s, wait_s=timeout_s)
 
     async def await_absent(self, name: str, generation: str, timeout_s: float) -> None:
         """Wait until no live replica holds an entry any more."""

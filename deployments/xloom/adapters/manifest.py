@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from xloom.protocol import NO_OVERRIDES, AdapterRef, Blend, Overrides, XloomError
+from xloom.mixtures.options import XLORA_FILE
+from xloom.protocol import NO_OVERRIDES, AdapterRef, Blend, Overrides, XloomError, adapter_key
 from xloom.storage.durable import sync, write_synced
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ class Entry(msgspec.Struct, frozen=True):
     verify: bool = False  # whether a replica has to prove it before it serves it
     configured: bool = False  # named by a settings file, which takes it out again when it names it no more
     blend: Blend | None = None  # of a mixture of adapters: what it is made of
+    adapters: tuple[str, ...] = ()  # of a mixture: the names of its adapters, in stacking order
+    parts: dict[str, str] = {}  # of one that requests asked for: what it is stacked of, name -> generation
 
     @property
     def ref(self) -> AdapterRef:
@@ -55,6 +59,16 @@ class Manifest(msgspec.Struct, frozen=True):
         """The entry of this name."""
         return next((entry for entry in self.entries if entry.name == name), None)
 
+    @property
+    def named(self) -> tuple[Entry, ...]:
+        """The entries that have names for people: all but those that requests asked for by weights."""
+        return tuple(entry for entry in self.entries if not entry.ref.of_requests)
+
+    @property
+    def of_requests(self) -> dict[str, Entry]:
+        """Those that requests asked for by weights, by name."""
+        return {entry.name: entry for entry in self.entries if entry.ref.of_requests}
+
     def with_entry(self, entry: Entry) -> Manifest:
         """The next version, with this entry added or in place of its namesake."""
         if self.get(entry.name):
@@ -63,9 +77,18 @@ class Manifest(msgspec.Struct, frozen=True):
             entries = (*self.entries, entry)
         return Manifest(self.version + 1, entries)
 
-    def without(self, name: str) -> Manifest:
-        """The next version, with no entry of this name."""
-        return Manifest(self.version + 1, tuple(entry for entry in self.entries if entry.name != name))
+    def without(self, *names: str) -> Manifest:
+        """The next version, with no entry of these names."""
+        return Manifest(self.version + 1, tuple(entry for entry in self.entries if entry.name not in names))
+
+    @property
+    def whole(self) -> Manifest:
+        """Without what requests asked for of adapters that are there no more, or in another version."""
+        there = {entry.key for entry in self.entries}
+        kept = tuple(
+            entry for entry in self.entries if all(adapter_key(*part) in there for part in entry.parts.items())
+        )
+        return self if len(kept) == len(self.entries) else Manifest(self.version, kept)
 
 
 def generation_of(files: Mapping[str, bytes]) -> str:
@@ -91,6 +114,14 @@ def folder_generation(folder: Path) -> str:
 def read_files(folder: Path) -> dict[str, bytes]:
     """All files right in a folder, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def adapter_names(prepared: Path) -> tuple[str, ...]:
+    """The names of a prepared mixture's adapters, in stacking order; none of a plain adapter, or of what is damaged."""
+    try:
+        return tuple(map(str, json.loads((prepared / XLORA_FILE).read_text(encoding="utf-8"))["adapter_names"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 class ManifestFile:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import ray
 from xloom.adapters.catalog import AdapterCatalog
 from xloom.adapters.identity import identity_of
 from xloom.adapters.manifest import Entry, Manifest
+from xloom.adapters.request_mixtures import Uses, request_mixture_name
 from xloom.adapters.residency import NOT_VERIFIED, Refusal, ReplicaReport, Residency
 from xloom.adapters.source_rules import SourceRules
 from xloom.observability import table
@@ -67,6 +68,8 @@ class AdapterStore:
         self._committing = asyncio.Lock()
         self._staging = asyncio.Semaphore(_MAX_STAGING)
         self._residency = Residency()
+        self._uses = Uses()  # of what requests asked for by weights
+        self._gathering = asyncio.Lock()
         self._shared: OrderedDict[str, tuple[ObjectRef, int]] = OrderedDict()  # generation -> reference, bytes
         self._sharing = asyncio.Lock()
         self._mending = asyncio.Lock()
@@ -116,6 +119,44 @@ class AdapterStore:
         logger.info("%s %s is in the store, generation %s", entry.kind, entry.name, entry.generation[:12])
         await self._wake()
         return entry
+
+    async def gather(
+        self, parts: Mapping[str, str], max_rank: int, most: int, expires_at: float | None = None
+    ) -> Entry:
+        """What requests with weights use of these entries (name -> generation): what is there, or made now.
+
+        At most so many are kept. Raises `XloomError`: adapter_superseded, rank_too_large, mixtures_busy.
+        """
+        catalog, name = await self._catalog(), request_mixture_name(parts)
+        self._uses.mark([name])
+        if (there := catalog.manifest.get(name)) is not None:
+            return there
+        async with self._gathering:
+            if (there := catalog.manifest.get(name)) is not None:  # meanwhile, for another
+                return there
+            self._uses.to_give_way(catalog.manifest.of_requests, most)  # before the work
+            stage = catalog.gather(parts, max_rank)
+            staged = await asyncio.to_thread(stage.__enter__)
+            try:
+                async with self._committing:
+                    _in_time(expires_at)
+                    gone = self._uses.to_give_way(catalog.manifest.of_requests, most)
+                    await asyncio.to_thread(catalog.drop, gone)
+                    entry = await asyncio.to_thread(catalog.commit, staged, replace=True, max_rank=max_rank)
+            finally:
+                await asyncio.to_thread(stage.__exit__, None, None, None)
+        logger.info("requests mix %s: generation %s", entry.source, entry.generation[:12])
+        await self._wake()
+        return entry
+
+    async def keep(self, names: Sequence[str], idle_s: float) -> None:
+        """A router says which requests of its use, and how long what no router uses is kept."""
+        catalog = await self._catalog()
+        self._uses.mark(names)
+        if gone := self._uses.idle(catalog.manifest.of_requests, idle_s):
+            async with self._committing:
+                await asyncio.to_thread(catalog.drop, gone)
+            await self._wake()
 
     async def remove(self, name: str, expires_at: float | None = None) -> Entry:
         """Take an adapter out, by `expires_at` as with `add`. Raises `XloomError` (adapter_not_found)."""
@@ -198,7 +239,7 @@ class AdapterStore:
             _count_fetch("miss", handed)
             self._shared[generation] = (reference, handed)
             self._shared.move_to_end(generation)
-            named = {entry.generation for entry in catalog.entries()}
+            named = {entry.generation for entry in catalog.manifest.entries}
             total = sum(size for _, size in self._shared.values())
             for old, (_, size) in list(self._shared.items()):
                 if old != generation and (old not in named or total > _MAX_SHARED):
@@ -253,6 +294,32 @@ class AdapterStore:
         if not await self._until(settled, timeout_s):
             raise self._late(name, "load", self._residency.lacking(key), timeout_s)
         return self._residency.holding(key)
+
+    async def await_held(self, name: str, generation: str, timeout_s: float) -> None:
+        """Wait until one live replica holds an entry; not at all where no replica is up.
+
+        Raises `XloomError` as `await_resident`; one that refused it counts where no other holds it.
+        """
+        catalog = await self._catalog()
+        key = adapter_key(name, generation)
+
+        def held() -> bool:
+            entry = catalog.manifest.get(name)
+            if entry is None or entry.generation != generation:
+                raise XloomError("adapter_superseded", "Its adapters were replaced or removed meanwhile.", "", 409)
+            if not self._residency.live():
+                return self._settled()
+            if self._residency.holding(key):
+                return True
+            if failures := self._residency.failures(key):
+                replica, refusal = next(iter(failures.items()))
+                message = f"The replica {replica} could not load {entry.source}: {refusal.reason}"
+                raise XloomError("adapter_load_failed", message, "See `xloom status`.", 500)
+            return False
+
+        if not await self._until(held, timeout_s):
+            said = f"No replica has loaded {', '.join(catalog.manifest.of_requests[name].adapters)} together within "
+            raise XloomError("adapter_not_resident", f"{said}{timeout_s:g} s.", "Retry: they go on.", 504)
 
     async def await_absent(self, name: str, generation: str, timeout_s: float) -> None:
         """Wait until no live replica holds an entry any more, or it is wanted again.

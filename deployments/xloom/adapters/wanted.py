@@ -20,6 +20,11 @@ class Wanted:
     verify: bool = False
 
 
+def described(blend: Blend) -> str:
+    """A blend's source, for people."""
+    return f"{blend.routing}: {', '.join(blend.adapters)}"
+
+
 def wanted(settings: Settings) -> list[Wanted]:
     """All that the settings name, in their order."""
     found = [Wanted(each.name, each.location, "lora", verify=each.verify) for each in settings.adapters]
@@ -29,6 +34,5 @@ def wanted(settings: Settings) -> list[Wanted]:
     for mixture in settings.mixtures:
         adapters = settings.adapters_of(mixture)
         blend = Blend(mixture.routing, adapters, mixture.weights, mixture.top_k, mixture.temperature)
-        source = f"{mixture.routing}: {', '.join(adapters)}"
-        found.append(Wanted(mixture.name, source, mixture.routing, blend=blend, verify=mixture.verify))
+        found.append(Wanted(mixture.name, described(blend), mixture.routing, blend=blend, verify=mixture.verify))
     return found

@@ -15,7 +15,11 @@ from xloom.protocol import XloomError
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 600.0  # adding an adapter may download it first
-_ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # routes for which the API key is not enough
+_ADMIN = (
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/xloom/mixtures",
+)  # routes for which the API key is not enough
 
 
 class Endpoint:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.linear_router import load_linear_router
 from xloom.mixtures.lora import LoraWeights, read_lora
-from xloom.mixtures.options import ROUTER_FILE
+from xloom.mixtures.options import ROUTER_FILE, XLORA_FILE
 from xloom.mixtures.overflow import check_range
 from xloom.mixtures.routing.arrow import ArrowRouting, prototypes
-from xloom.mixtures.routing.fixed import LARGEST, FixedRouting, checked_weights
-from xloom.mixtures.routing.inputs import MOST_ADAPTERS, with_absent
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.routing.inputs import with_absent
 from xloom.mixtures.routing.linear import LinearRouting
-from xloom.mixtures.stacking import Prepared, Shapes, Stack, check_adapters, stacked, write_mixture
+from xloom.mixtures.stacking import Prepared, Shapes, Stack, check_adapters, stacked, write_json, write_mixture
+from xloom.mixtures.weights import LARGEST, MOST_ADAPTERS, checked_weights
 from xloom.protocol import Blend, XloomError
 
 MIXED = (ArrowRouting.kind, FixedRouting.kind)  # the kinds that a `Blend` names
@@ -53,6 +58,53 @@ def prepare_mixture(
         _write_routers(out, stack, dict(zip(stack.modules, prototypes(stack, adapters), strict=True)))
         write_mixture(out, stack, options, ArrowRouting.kind)
     return Prepared.of(out, stack.rank, stack.tensors)
+
+
+def prepare_request_mixture(folders: Mapping[str, Path], modules: Shapes, out: Path, *, max_rank: int) -> Prepared:
+    """Stack prepared adapters, by name, for requests that bring the weights; one alone is a mixture, too.
+
+    Raises `XloomError`: rank_too_large, before any weights are read, and what reading an adapter raises.
+    """
+    names = tuple(folders)
+    _check_count(len(names))
+    if (rank := stacked_rank(folders.values())) > max_rank:
+        what = f"The ranks of {', '.join(names)} add up to {rank}; these engines take up to {max_rank}."
+        cure = "Name fewer adapters, or have the operator raise engine.max_lora_rank and store.max_rank."
+        raise XloomError("rank_too_large", what, cure)
+    adapters = [read_lora(folder, modules) for folder in folders.values()]
+    stack = _stack(", ".join(names), names, adapters, modules, max_rank)
+    _check_range(stack, LARGEST)
+    write_mixture(out, stack, {"weights": [1 / len(names)] * len(names)}, FixedRouting.kind)
+    return Prepared.of(out, stack.rank, stack.tensors)
+
+
+def with_constant_gates(prepared: Path, out: Path) -> Prepared:
+    """A prepared mixture of any kind as one of constants, which requests bring: the same stack, without its router.
+
+    Raises `XloomError` (broken_bundle) where a weight could overflow.
+    """
+    description = json.loads((prepared / XLORA_FILE).read_text(encoding="utf-8"))
+    count = int(description["num_adapters"])
+    tensors = read_lora(prepared).tensors
+    check_range(Path("the mixture"), "broken_bundle", {name: (a, b, 1.0) for name, (a, b) in tensors.items()}, LARGEST)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(prepared / name, out / name)
+    described = description | {"kind": FixedRouting.kind, "routing": {"weights": [1 / count] * count}}
+    write_json(out / XLORA_FILE, described)
+    ranks = [sum(rank for _, rank in segment) for segment in description["segments"]]
+    return Prepared.of(out, max(ranks), description["modules"])
+
+
+def stacked_rank(folders: Iterable[Path]) -> int:
+    """The largest sum of ranks at one linear that prepared adapters come to, by their files' headers."""
+    ranks: Counter[str] = Counter()
+    for folder in folders:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if name.endswith(".lora_A.weight"):
+                    ranks[name] += file.get_slice(name).get_shape()[0]
+    return max(ranks.values(), default=0)
 
 
 def prepare_linear(

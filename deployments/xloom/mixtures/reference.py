@@ -10,14 +10,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xloom.mixtures.hooks import Adapter, Span, adapted
-from xloom.mixtures.routing.fixed import FixedRouting, checked_weights
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.routing.inputs import InputRouting
 from xloom.mixtures.routing.xlora import XLoraRouting
 from xloom.mixtures.single_pass import segment_end
+from xloom.mixtures.weights import checked_weights
 from xloom.protocol import XloomError
 
 
@@ -121,6 +124,26 @@ class OnePassReference:
         with adapted(dict(self.model.named_modules()), [Span(slice(None), self.mixture, self.gates)]):
             logits: Tensor = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
         return logits
+
+    @torch.no_grad()
+    def gates_of(self, ids: Sequence[int]) -> Tensor:
+        """The gates `[num_tokens, M, K]` of one prompt."""
+        routing, found = self.mixture.mixture, dict[int, Tensor]()
+        if isinstance(routing, FixedRouting):
+            return (routing.gates()[None] if self.gates is None else self.gates).expand(len(ids), -1, -1)
+        assert isinstance(routing, InputRouting)
+
+        def keep(number: int) -> Any:
+            return lambda linear, inputs: found.update({number: routing.gates(number, inputs[0][0])})
+
+        linears = dict(self.model.named_modules())
+        handles = [linears[name].register_forward_pre_hook(keep(n)) for n, name in enumerate(routing.modules)]
+        try:
+            self.logits(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([found[number] for number in range(len(routing.modules))], 1)
 
     def greedy(self, prompt_ids: Sequence[int], n: int) -> list[int]:
         """The next `n` greedy tokens after the prompt, end-of-text ignored."""

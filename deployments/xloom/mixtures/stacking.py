@@ -147,14 +147,14 @@ def write_mixture(out: Path, stack: Stack, options: Mapping[str, Any], kind: str
         "segments": [list(map(list, segment)) for segment in stack.segments],
         "routing": dict(options),
     }
-    _write_json(out / XLORA_FILE, description if kind is None else description | {"kind": kind})
+    write_json(out / XLORA_FILE, description if kind is None else description | {"kind": kind})
 
 
 def write_adapter(out: Path, scaling: Mapping[str, Any], tensors: Tensors) -> None:
     """Write an adapter in PEFT's format; `scaling` are the fields that say its ranks and scales."""
     out.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "target_modules": sorted(tensors)}
-    _write_json(out / "adapter_config.json", config | dict(scaling))
+    write_json(out / "adapter_config.json", config | dict(scaling))
     named = {}
     for name, (a, b) in tensors.items():
         named[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
@@ -162,5 +162,6 @@ def write_adapter(out: Path, scaling: Mapping[str, Any], tensors: Tensors) -> No
     save_file(named, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """The same data gives the same bytes."""
     file.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")

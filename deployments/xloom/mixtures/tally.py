@@ -96,7 +96,8 @@ class GateSums:
         if not rows:
             return
         # Copied, not held: memory that comes and goes by the megabyte costs more than the sums.
-        if self._buffer is None:
+        if self._buffer is None or self._buffer.shape[1] != gates.shape[1]:  # of constants one step's may be a view
+            self._settle(part)
             self._buffer = torch.empty(BUFFER_ROWS, *gates.shape[1:], dtype=gates.dtype, device=gates.device)
         if self._filled + rows > BUFFER_ROWS:
             self._settle(part)

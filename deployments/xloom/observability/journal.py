@@ -102,7 +102,7 @@ class Journal:
         }
 
     def _model(self, request: TokenRequest) -> tuple[str, str]:
-        return (request.adapter.name, request.adapter.kind) if request.adapter else (self._base, "base")
+        return (request.adapter.label, request.adapter.kind) if request.adapter else (self._base, "base")
 
     # On its way.
 

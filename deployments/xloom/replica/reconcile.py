@@ -157,8 +157,8 @@ class Reconciler:
             if why is None:
                 self._failed.pop(ref, None)
                 self._resident.add(ref)
-                self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="load")
-                self._recorder.observe(table.ADAPTER_LOAD, time.monotonic() - began, model=ref.name)
+                self._recorder.inc(table.ADAPTER_SWAPS, model=ref.label, action="load")
+                self._recorder.observe(table.ADAPTER_LOAD, time.monotonic() - began, model=ref.label)
                 logger.info("adapter %s is resident, generation %s", ref.name, ref.generation[:12])
                 await self._notify()
                 return
@@ -195,7 +195,7 @@ class Reconciler:
         if ref not in self._wanted or self._failed.get(ref) == why:
             return
         if ref not in self._failed:
-            self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="refused")
+            self._recorder.inc(table.ADAPTER_SWAPS, model=ref.label, action="refused")
         self._failed[ref] = why
         await self._notify()
 
@@ -210,7 +210,7 @@ class Reconciler:
                 await self._backend.remove_adapter(ref)
         except Exception:
             logger.exception("adapter %s could not be removed", ref.name)
-        self._recorder.inc(table.ADAPTER_SWAPS, model=ref.name, action="remove")
+        self._recorder.inc(table.ADAPTER_SWAPS, model=ref.label, action="remove")
         if not any(other.generation == ref.generation for other in (*self._resident, *self._wanted)):
             self._cache.release(ref.generation)
         await self._notify()

@@ -28,6 +28,7 @@ _SCHEMAS = (
     "chat_template_kwargs",
     "vllm_xargs",
 )
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _VALUES = ("log-probabilities in one answer", "logprob_values")
 
@@ -162,10 +163,20 @@ def _logprobs(fields: dict[str, Any], sequences: int, prompt: int) -> int:
     sampled = max([-1, *_numbers(fields, ("logprobs", "top_logprobs")), 0 if fields.get("logprobs") is True else -1])
     sampled = max(sampled, len(listed) if isinstance(listed := fields.get("logprob_token_ids"), list) else -1)
     of_prompt = max([-1, *_numbers(fields, ("prompt_logprobs",)), sampled if fields.get("echo") is True else -1])
-    length = max([16, *_numbers(fields, ("max_tokens", "max_completion_tokens", "max_output_tokens"))])
+    length = max([16, *_numbers(fields, _LENGTHS)])
     copies = max([1, *_numbers(fields, ("n", "best_of"))])
     generated = sequences * length * (sampled + 1)  # where no length is given, the engine client sets one
     return max(generated, prompt * copies * (of_prompt + 1) * (16 if fields.get("stream") is True else 1))
+
+
+def sequences_of(fields: dict[str, Any]) -> int:
+    """How many answers a body asks for: prompts times `n`."""
+    return _prompts(fields) * max([1, *_numbers(fields, ("n", "best_of"))])
+
+
+def has_length(fields: dict[str, Any]) -> bool:
+    """Whether a body says how long an answer may be."""
+    return bool(_numbers(fields, _LENGTHS))
 
 
 def _characters(value: Any) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from xloom.observability import logs, traces
 from xloom.observability.journal import journal_for
 from xloom.observability.recorder import RECORDER
+from xloom.router.console import attach_console
 from xloom.router.directory import ReplicaInfo
 from xloom.router.dispatch import Dispatcher
 from xloom.router.draining import Draining
@@ -27,6 +28,7 @@ from xloom.router.limits import BodyLimits
 from xloom.router.listener import HttpListener
 from xloom.router.manifest_watch import ManifestWatch
 from xloom.router.request_id import RequestIdMiddleware
+from xloom.router.request_mixtures import RequestMixtures, WeightedRequests
 from xloom.router.routes import access, is_open, keep_listed
 from xloom.router.start_failures import engine_failure
 from xloom.router.traffic import Traffic
@@ -95,20 +97,26 @@ class Router:
         logs.adopt("vllm", "uvicorn")
         self._manifest = ManifestWatch(store, self._front_end.take)
         await self._manifest.start(FIRST_MANIFEST_S)
+        mixtures, at_most = settings.xlora_enabled, settings.store.request_mixtures
+        self._mixtures = RequestMixtures(
+            base, self._manifest, store, at_most, max_rank=max_lora_rank, mixtures=mixtures
+        )
         self._dispatcher.newest = lambda ref: self._manifest.ref(ref.name)
-        mixtures = settings.xlora_enabled
         control = Control(base, max_lora_rank, self._dispatcher, self._manifest, store, rules, mixtures)
         attach_routes(app, control)
+        if settings.router.console:
+            attach_console(app)
         keep_listed(app)
         register(self._dispatcher)
         endpoint = settings.router
-        limited = BodyLimits(app, endpoint.limits)
+        limited = BodyLimits(WeightedRequests(app, self._mixtures), endpoint.limits)
         guarded = Guard(limited, partial(access, app), keys, local=is_loopback(endpoint.host))
         coded = CodedErrors(guarded, uncounted=is_open, reword=self._front_end.reword)
         identified = RequestIdMiddleware(coded, tracing=self._tracing, lines=watch.logs.requests)
         self._listener = HttpListener(identified, endpoint.host, endpoint.port, _deployment(), endpoint.limits)
         app.state.server = self._listener.server
         self._dispatcher.start()
+        self._mixtures.start()
         await self._listener.start()
         logger.info("listening on %s:%d", settings.router.host, self._listener.port)
         self._draining = Draining(self._listener.port, lambda: self._listener.answers, self._drain)
@@ -176,6 +184,7 @@ class Router:
         await listener.close(self._drain_s)
         if self._draining is not None:
             self._draining.close()
+        await self._mixtures.close()
         await self._manifest.close()
         await self._dispatcher.close()
         self._front_end.shutdown()

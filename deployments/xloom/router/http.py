@@ -14,8 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from xloom.adapters.manifest import Entry, Manifest
 from xloom.adapters.residency import NOT_VERIFIED, ReplicaReport
 from xloom.adapters.source_rules import SourceRules
+from xloom.adapters.wanted import described
+from xloom.mixtures.weights import MOST_ADAPTERS
 from xloom.observability.logs import holds_key
-from xloom.protocol import NO_OVERRIDES, Overrides, XloomError
+from xloom.protocol import NO_OVERRIDES, REQUESTS, Blend, Overrides, XloomError
+from xloom.router.blending import blend_of
 from xloom.router.dispatch import Dispatcher
 from xloom.router.manifest_watch import ManifestWatch
 
@@ -38,6 +41,7 @@ class Store(Protocol):
         verify: bool = False,
         mixtures: bool = True,
         rules: SourceRules | None = None,
+        blend: Blend | None = None,
     ) -> Entry: ...
     async def remove(self, name: str) -> Entry | None: ...
     async def revert(self, name: str, generation: str) -> Entry | None: ...
@@ -78,6 +82,19 @@ class LoadAdapter(_Lenient):
     verify: bool = False  # each replica proves it before serving it
 
 
+class MixAdapters(_Lenient):
+    """A mixture of adapters: those served, by name, or sources."""
+
+    name: str
+    adapters: Annotated[list[str], Field(min_length=2, max_length=MOST_ADAPTERS)]
+    routing: Literal["arrow", "fixed"] = "arrow"
+    weights: dict[str, float] = {}  # of fixed, by adapter; empty: alike, and together 1
+    top_k: Annotated[int, Field(ge=1)] | None = None  # of arrow
+    temperature: Annotated[float, Field(gt=0)] | None = None  # of arrow
+    replace: bool = False  # take the place of one of the same name
+    verify: bool = False  # each replica proves it before serving it
+
+
 class UnloadAdapter(_Lenient):
     """vLLM's body of the route."""
 
@@ -100,18 +117,43 @@ class Control:
     async def add(self, wanted: LoadAdapter) -> Entry:
         """Take an adapter in and wait until every live replica holds it. Raises `XloomError`."""
         _refuse_keys(wanted.lora_name, wanted.lora_path)
-        had = {entry.key for entry in self.manifest.entries}
-        entry = await self.store.add(
-            wanted.lora_name,
-            wanted.lora_path,
-            wanted.kind,
-            Overrides.of(wanted),
-            replace=wanted.load_inplace,
-            max_rank=self.max_lora_rank,
-            verify=wanted.verify,
-            mixtures=self.mixtures,
-            rules=self.rules,
+        return await self._resident(
+            self.store.add(
+                wanted.lora_name,
+                wanted.lora_path,
+                wanted.kind,
+                Overrides.of(wanted),
+                replace=wanted.load_inplace,
+                max_rank=self.max_lora_rank,
+                verify=wanted.verify,
+                mixtures=self.mixtures,
+                rules=self.rules,
+            )
         )
+
+    async def mix(self, wanted: MixAdapters) -> Entry:
+        """Take a mixture of adapters in and wait until every live replica holds it. Raises `XloomError`."""
+        _refuse_keys(wanted.name, *wanted.adapters)
+        options = Blend(wanted.routing, {}, wanted.weights, wanted.top_k, wanted.temperature)
+        blend = blend_of(options, wanted.adapters, self.manifest.entries)
+        return await self._resident(
+            self.store.add(
+                wanted.name,
+                described(blend),
+                wanted.routing,
+                replace=wanted.replace,
+                max_rank=self.max_lora_rank,
+                verify=wanted.verify,
+                mixtures=self.mixtures,
+                rules=self.rules,
+                blend=blend,
+            )
+        )
+
+    async def _resident(self, adding: Awaitable[Entry]) -> Entry:
+        """What the store takes in, once every live replica holds it; else it is taken back."""
+        had = {entry.key for entry in self.manifest.entries}
+        entry = await adding
         try:
             timeout_s = VERIFIED_TIMEOUT_S if entry.verify else RESIDENT_TIMEOUT_S
             await self.store.await_resident(entry.name, entry.generation, timeout_s)
@@ -150,7 +192,7 @@ class Control:
                     "kv_pages_used": link.stats.kv_pages_used,
                     "kv_pages_total": link.stats.kv_pages_total,
                     "preemptions": link.stats.preemptions,
-                    "adapters": list(link.stats.adapters),
+                    "adapters": [key for key in link.stats.adapters if not key.startswith(REQUESTS)],
                 },
             }
             for link in self.dispatcher.directory.links
@@ -166,6 +208,7 @@ class Control:
                 "generation": entry.generation,
                 "rank": entry.rank,
                 "targets": list(entry.targets),
+                "adapters": list(entry.adapters),
                 "size": entry.size,
                 "source": entry.source,
                 "replicas": sum(entry.key in link.stats.adapters for link in links),
@@ -199,6 +242,16 @@ def attach_routes(app: FastAPI, control: Control) -> None:
         await control.remove(wanted.lora_name)
         return Response(f"Success: LoRA adapter '{wanted.lora_name}' removed successfully.")
 
+    async def mix(wanted: MixAdapters) -> dict[str, Any]:
+        entry = await control.mix(wanted)
+        return {
+            "name": entry.name,
+            "routing": entry.kind,
+            "adapters": list(entry.adapters),
+            "rank": entry.rank,
+            "generation": entry.generation,
+        }
+
     async def ready() -> dict[str, Any]:
         if control.dispatcher.draining:
             raise XloomError("router_closing", "The router is shutting down.", "Retry.", 503)
@@ -225,6 +278,7 @@ def attach_routes(app: FastAPI, control: Control) -> None:
     handlers = [
         ("POST", "/v1/load_lora_adapter", load_adapter),
         ("POST", "/v1/unload_lora_adapter", unload_adapter),
+        ("POST", "/xloom/mixtures", mix),
         ("GET", "/ready", ready),
         ("GET", "/xloom/status", status),
         ("GET", "/xloom/adapters", adapters),

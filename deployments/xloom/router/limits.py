@@ -7,6 +7,7 @@ import asyncio
 from xloom.protocol import XloomError
 from xloom.router.body import BOM, check_body
 from xloom.router.errors import App, Message, Receive, Scope, Send, send_error
+from xloom.router.return_mixture import take_return_mixture
 from xloom.router.weights import take_weights
 from xloom.settings import LimitSettings
 
@@ -36,6 +37,7 @@ class BodyLimits:
                 else:
                     check_body(body, self._limits)
                 take_weights(body)
+                take_return_mixture(body)
         except XloomError as error:
             await send_error(send, error)
             return

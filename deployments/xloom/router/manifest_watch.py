@@ -35,8 +35,17 @@ class ManifestWatch:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The adapters and bundles served."""
-        return self._manifest.entries
+        """The adapters, bundles and mixtures served by name."""
+        return self._manifest.named
+
+    @property
+    def of_requests(self) -> tuple[Entry, ...]:
+        """What requests asked for by weights."""
+        return tuple(self._manifest.of_requests.values())
+
+    def entry(self, name: str) -> Entry | None:
+        """The entry of a name."""
+        return self._manifest.get(name)
 
     async def start(self, timeout_s: float) -> None:
         """Begin to follow; waits for the first copy."""

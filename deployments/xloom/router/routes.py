@@ -12,13 +12,14 @@ from typing import Any
 
 from starlette.routing import BaseRoute, Match
 
+from xloom.router.console import FILES, MOVED
 from xloom.router.errors import Scope
 
 
 class Access(Enum):
     """Which key opens a route; the admin key opens all."""
 
-    OPEN = "open"  # for probes and scrapers
+    OPEN = "open"  # for probes and scrapers, and the page's own files
     USER = "user"
     ADMIN = "admin"
 
@@ -30,6 +31,8 @@ _OURS: dict[str, Access] = {
     "/xloom/adapters": Access.USER,
     "/v1/load_lora_adapter": Access.ADMIN,
     "/v1/unload_lora_adapter": Access.ADMIN,
+    "/xloom/mixtures": Access.ADMIN,
+    **dict.fromkeys((*FILES, MOVED), Access.OPEN),  # the page's own files; what it shows it asks of the others
 }
 _PROBES = ("/health", "/ping", "/version", "/metrics")
 _FRONT_ENDS: dict[str, Access] = dict.fromkeys(_PROBES, Access.OPEN) | dict.fromkeys(
@@ -64,7 +67,7 @@ ROUTES: Mapping[str, Access] = MappingProxyType(_OURS | _FRONT_ENDS)
 
 
 def is_open(path: str) -> bool:
-    """Whether a path is that of a probe or scraper: for logs and counts. A request is authorised by its route."""
+    """Whether a path is open, as a probe's or scraper's: for logs and counts. A request is authorised by its route."""
     return ROUTES.get("/" + path.strip("/")) is Access.OPEN
 
 

@@ -93,7 +93,7 @@ class Traffic:
         self._recorder.inc(table.REPLAYS, reason=reason if reason in REASONS else OTHER)
 
     def _model(self, adapter: AdapterRef | None) -> _Model:
-        key = (adapter.name, adapter.kind) if adapter else (self._base, "base")
+        key = (adapter.label, adapter.kind) if adapter else (self._base, "base")
         found = self._models.get(key)
         if found is None:
             found = self._models[key] = _Model(self._recorder, *key)

@@ -3,33 +3,63 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from typing import Any
 
 import msgspec
 
-from xloom.protocol import XloomError
+from xloom.protocol import AdapterRef, XloomError
 
-_sent: ContextVar[dict[str, float] | None] = ContextVar("xloom_weights", default=None)
+
+class Sent(msgspec.Struct, frozen=True):
+    """What a request's body says of a mixture."""
+
+    model: str | None  # None: not said, which is the base model; or no text, which is refused elsewhere
+    weights: dict[str, float]
 
 
 class _Body(msgspec.Struct):
-    """Of a request's body, the one field of ours."""
+    """Of a request's body, the fields that are read here."""
 
+    model: Any = None
     mixture: dict[str, float] | None = None
+
+
+_sent: ContextVar[Sent | None] = ContextVar("xloom_weights", default=None)
+_adapter: ContextVar[AdapterRef | None] = ContextVar("xloom_weights_adapter", default=None)
 
 
 def take_weights(body: bytes) -> None:
     """Keep the weights in a JSON body for the request that this task serves. Raises `XloomError` (invalid_weights)."""
-    weights = None
+    sent = None
     if b'"mixture"' in body or b"\\u" in body:  # else it is not worth a second reading
         try:
-            weights = msgspec.json.decode(body, type=_Body).mixture
+            read = msgspec.json.decode(body, type=_Body)
+            if read.mixture is not None:
+                sent = Sent(read.model if isinstance(read.model, str) else None, read.mixture)
         except msgspec.ValidationError as error:
             if body.lstrip()[:1] == b"{":  # what is no object is refused elsewhere
                 cure = 'Send {"mixture": {"adapter": 0.5}}.'
                 raise XloomError("invalid_weights", f"The weights can't be read: {error}.", cure) from None
-    _sent.set(weights)
+    _sent.set(sent)
+    _adapter.set(None)
+
+
+def sent() -> Sent | None:
+    """What the request that this task serves says of a mixture."""
+    return _sent.get()
 
 
 def sent_weights() -> dict[str, float] | None:
-    """Those of the request that this task serves; None: it sets none."""
-    return _sent.get()
+    """The weights of the request that this task serves; None: it sets none."""
+    said = _sent.get()
+    return None if said is None else said.weights
+
+
+def serve_with(adapter: AdapterRef | None) -> None:
+    """What the request that this task serves is to be served with, in place of its model's own; None: that."""
+    _adapter.set(adapter)
+
+
+def adapter_in_place() -> AdapterRef | None:
+    """What `serve_with` was told."""
+    return _adapter.get()

@@ -83,8 +83,13 @@ def test_weights_on_the_other_routes(server: Served, route: str) -> None:
         ("weighted", {"alpha": "much"}, "can't be read"),
         ("weighted", [1, 2], "can't be read"),
         ("alpha", {"alpha": 1}, "takes none"),
-        ("base", {"alpha": 1}, "takes none"),
-        ("arrow", {"alpha": 1}, "takes none"),
+        ("arrow", {"gamma": 1}, "alpha, beta"),
+        ("blend", {"alpha": 1}, "0, 1"),
+        ("base", {"gamma": 1}, "Adapters are: alpha, beta"),
+        ("base", {"arrow": 1}, "Mixtures can't be mixed"),
+        ("base", {}, "empty"),
+        ("base", {"alpha": 1, "beta": -101}, "-100 to 100"),
+        ("base", {f"adapter-{number}": 1 for number in range(33)}, "33 adapters"),
     ],
 )
 def test_weights_that_make_no_sense_are_refused(server: Served, model: str, sent: Any, said: str) -> None:

@@ -175,3 +175,14 @@ def test_on_a_gpu_nothing_waits_and_the_sums_are_the_same(
     expected = only(on_host)
     assert taken.bundles[0].gates == pytest.approx(expected.gates, rel=1e-4)
     assert taken.bundles[0].entropy == pytest.approx(expected.entropy, rel=1e-4)
+
+
+def test_constants_may_come_as_a_view_or_in_full(
+    tmp_path: Path, llama: Path, shapes: dict[str, tuple[int, int]]
+) -> None:
+    routing = routing_of(tmp_path, llama, shapes)
+    tally = MixtureTally("cpu")
+    constants = torch.tensor([0.5, 0.25, 0.25]).expand(3, len(routing.modules), -1)
+    for gates in (constants, constants.contiguous(), constants):
+        tally.add("blend", routing, gates)
+    assert only(tally).gates == pytest.approx(plainly(torch.cat([constants] * 3), routing.adapter_names).gates)

@@ -103,10 +103,10 @@ class TransformersBackend(LLMBackend):
     async def submit(self, request: TokenRequest) -> None:
         from xloom.engines.transformers.sampling import Sampler, read_sampling
         from xloom.engines.transformers.worker import Job
+        from xloom.mixtures.routing.fixed import FixedRouting
+        from xloom.mixtures.weights import checked_weights
 
         loaded = self._loaded
-        if request.weights is not None:
-            raise no_weights(request)
         check_prompt(request.prompt_token_ids, vocabulary=loaded.vocabulary, max_model_len=loaded.max_model_len)
         adapter = None
         if request.adapter is not None:
@@ -115,6 +115,13 @@ class TransformersBackend(LLMBackend):
                 raise XloomError(
                     "adapter_not_found", f"This engine does not hold the adapter {request.adapter.name!r}.", "", 404
                 )
+        constant = None
+        if request.weights is not None:
+            mixture = adapter.mixture if adapter is not None else None
+            if request.adapter is None or not isinstance(mixture, FixedRouting):
+                raise no_weights(request)
+            weights = checked_weights(request.weights, mixture.adapter_names, request.adapter.name)
+            constant = mixture.gates(weights).to(loaded.device)
         sampler = Sampler(
             read_sampling(request.sampling, loaded.vocabulary),
             request.prompt_token_ids,
@@ -122,7 +129,7 @@ class TransformersBackend(LLMBackend):
             max_model_len=loaded.max_model_len,
             device=loaded.device,
         )
-        self._worker.submit(Job(request, sampler, adapter))
+        self._worker.submit(Job(request, sampler, adapter, constant))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         self._worker.abort(request_ids)

@@ -15,8 +15,6 @@ from torch import Tensor
 from xloom.mixtures.options import ROUTER_FILE
 from xloom.mixtures.routing.base import Routing, Source, keep_top_k
 
-MOST_ADAPTERS = 32  # of a mixture: one block of the GPU's kernel
-
 
 @dataclass(frozen=True)
 class InputRouting(Routing):

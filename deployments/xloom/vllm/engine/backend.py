@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING
 from xloom.engines.base import Capabilities, Device, LLMBackend
 from xloom.engines.prompt import check_prompt, no_weights
 from xloom.observability.recorder import ray_is_up
-from xloom.protocol import AdapterRef, EngineStats, Logprobs, MixtureFigures, TokenChunk, TokenRequest, XloomError
+from xloom.protocol import (
+    AdapterRef,
+    EngineStats,
+    Gates,
+    Logprobs,
+    MixtureFigures,
+    TokenChunk,
+    TokenRequest,
+    XloomError,
+)
 from xloom.quantization import recipes
 from xloom.vllm.engine.request_limits import RequestLimits, cap_lengths
+from xloom.vllm.plugin import GATES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -147,8 +157,8 @@ class VLLMBackend(LLMBackend):
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine import EngineCoreRequest
 
-        from xloom.mixtures.routing.fixed import checked_weights
-        from xloom.vllm.plugin.pairs import PROMPT_ARG, WEIGHTS_ARG, constants_of, with_weights
+        from xloom.mixtures.weights import checked_weights
+        from xloom.vllm.plugin.pairs import LAYERS_ARG, PROMPT_ARG, WEIGHTS_ARG, constants_of, with_weights
         from xloom.vllm.sampling import sampling_from_dict
 
         check_prompt(request.prompt_token_ids, vocabulary=self._vocabulary, max_model_len=self._max_model_len)
@@ -158,11 +168,13 @@ class VLLMBackend(LLMBackend):
             raise XloomError("invalid_sampling", str(error), "See vLLM's SamplingParams for what it takes.") from None
         self._limits.check(sampling, self._vocabulary)
         cap_lengths(sampling, self._max_model_len)
-        for name in (PROMPT_ARG, WEIGHTS_ARG):
+        for name in (PROMPT_ARG, WEIGHTS_ARG, LAYERS_ARG):
             if name in (sampling.extra_args or {}):
                 raise XloomError("invalid_sampling", f"vllm_xargs can't say {name}.", "Leave it out.")
         if request.num_client_tokens is not None and request.adapter is not None and request.adapter.kind == "xlora":
             sampling.extra_args = (sampling.extra_args or {}) | {PROMPT_ARG: request.num_client_tokens}
+        if request.layer_gates and request.adapter is not None and request.adapter.is_mixture:
+            sampling.extra_args = (sampling.extra_args or {}) | {LAYERS_ARG: True}
         lora = None
         if request.adapter is not None:
             lora = self._adapters.get(request.adapter)
@@ -359,6 +371,8 @@ def _chunk(output: EngineCoreOutput) -> TokenChunk:
         chunk.num_cached_tokens = output.prefill_stats.num_cached_tokens
     if output.events:
         chunk.queued_us, chunk.preemptions = _waits(output.events)
+    if output.kv_transfer_params is not None and GATES in output.kv_transfer_params:
+        chunk.gates = Gates(*output.kv_transfer_params[GATES])
     return chunk
 
 

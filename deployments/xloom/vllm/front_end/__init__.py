@@ -22,6 +22,7 @@ class VLLMFrontEnd:
     def take(self, manifest: Manifest) -> None:
         """Serve a manifest's entries from now on."""
         self._models.take(manifest)
+        self._engine.take(manifest)
 
     def reword(self, message: str) -> str:
         """A message of vLLM's with settings for its flags."""

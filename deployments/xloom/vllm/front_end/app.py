@@ -37,6 +37,7 @@ from xloom.vllm.front_end.argument_table import check_names
 from xloom.vllm.front_end.engine_client import RequestError, RoutedEngineClient
 from xloom.vllm.front_end.first_fault import FirstFault
 from xloom.vllm.front_end.large_answers import put_together_aside
+from xloom.vllm.front_end.mixture_answers import tell_mixtures
 from xloom.vllm.front_end.wording import in_settings
 from xloom.vllm.lora import lora_request, plain_name
 
@@ -51,8 +52,8 @@ class ServedModels(OpenAIServingModels):
 
     def take(self, manifest: Manifest) -> None:
         """Serve a manifest's entries from now on."""
-        self.lora_requests = {entry.name: lora_request(entry.ref) for entry in manifest.entries}
-        self._entries = manifest.entries
+        self._entries = manifest.named
+        self.lora_requests = {entry.name: lora_request(entry.ref) for entry in self._entries}
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name an answer carries: without the generation that the engine's name has."""
@@ -69,6 +70,8 @@ class ServedModels(OpenAIServingModels):
             limit = self.model_config.max_model_len
             card = ModelCard(id=entry.name, root=entry.source, parent=base, owned_by="xloom", max_model_len=limit)
             card.kind, card.generation = entry.kind, entry.generation
+            if entry.adapters:
+                card.adapters = list(entry.adapters)
             if entry.kind == "xlora":
                 card.routing_passes = entry.overrides.routing_passes or 2
             models.data.append(card)
@@ -143,6 +146,7 @@ async def build_front_end(engine: RoutedEngineClient, settings: Settings) -> tup
     for serving in vars(app.state)["_state"].values():
         if isinstance(serving, BaseServing):
             serving.create_error_response = coded_error_response
+    tell_mixtures(app.state)
     put_together_aside(app.state)
     models: ServedModels = app.state.openai_serving_models
     return app, models

@@ -32,9 +32,11 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 from xloom.observability.logs import bound
 from xloom.protocol import Logprobs, TokenChunk, TokenRequest, XloomError
 from xloom.router.dispatch import Dispatcher
+from xloom.router.return_mixture import wanted_gates
 from xloom.router.traffic import Ending
 from xloom.router.weights import sent_weights
 from xloom.vllm.front_end.large_answers import aside
+from xloom.vllm.front_end.mixture_record import MixtureRecord
 from xloom.vllm.lora import adapter_ref
 from xloom.vllm.sampling import sampling_to_dict
 
@@ -67,6 +69,7 @@ class RoutedCoreClient(EngineCoreClient):
         self._dispatcher = dispatcher
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._prefills: dict[str, _Prefill] = {}
+        self._records: dict[str, MixtureRecord] = {}  # of mixtures' requests
         self._prefix_cache = PrefixCacheStats()  # of the prompts computed since the last figures
         self._waiting: dict[str, list[EngineCoreOutput]] = {}  # until their prompts' log-probabilities are read
         self._reading: set[asyncio.Task[None]] = set()
@@ -103,19 +106,26 @@ class RoutedCoreClient(EngineCoreClient):
         if request.sampling_params.prompt_logprob_token_ids is not None:
             message = "prompt_logprob_token_ids has no answer here."
             raise XloomError("unsupported_sampling", message, "Ask for prompt_logprobs.", 400)
+        adapter = adapter_ref(request.lora_request) if request.lora_request else None
+        wanted = wanted_gates() if adapter is not None and adapter.is_mixture else None
         told = TokenRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             sampling=sampling_to_dict(request.sampling_params),
-            adapter=adapter_ref(request.lora_request) if request.lora_request else None,
+            adapter=adapter,
             priority=request.priority,
             arrival_time=request.arrival_time,
             cache_salt=request.cache_salt,
             client_id=bound().get("request_id", ""),
             weights=sent_weights(),
+            layer_gates=wanted is not None and wanted.detail == "layers",
             extra={} if request.reasoning_ended is None else {"reasoning_ended": request.reasoning_ended},
         )
         self._prefills[request.request_id] = _Prefill(len(request.prompt_token_ids), time.monotonic())
+        if adapter is not None and adapter.is_mixture:
+            detail = None if wanted is None else wanted.detail
+            record = MixtureRecord(adapter.kind, len(request.prompt_token_ids), detail)
+            self._records[request.request_id] = record
         self._dispatcher.submit(told)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -188,7 +198,10 @@ class RoutedCoreClient(EngineCoreClient):
         if chunk.preemptions:
             preempted = EngineCoreEvent(EngineCoreEventType.PREEMPTED, time.monotonic())
             output.events = [*(output.events or ()), *[preempted] * chunk.preemptions]
+        if chunk.gates is not None and (record := self._records.get(chunk.request_id)) is not None:
+            output.spec_decode_metrics = record.add(chunk.gates)  # see `MixedResults`
         if chunk.finish_reason is not None:
+            self._records.pop(chunk.request_id, None)
             output.finish_reason = _FINISH[chunk.finish_reason]
             output.stop_reason = chunk.stop_reason
         if chunk.logprobs is not None:
@@ -220,6 +233,7 @@ class RoutedCoreClient(EngineCoreClient):
 
     def _forget(self, request_id: str) -> None:
         self._prefills.pop(request_id, None)
+        self._records.pop(request_id, None)
         self._waiting.pop(request_id, None)
 
     def _take_failure(self, request_id: str, error: XloomError) -> None:

@@ -8,7 +8,7 @@ Relies on vLLM 0.32: `vllm.v1.engine.async_llm.AsyncLLM`, which makes its client
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
@@ -19,6 +19,8 @@ from vllm.config.lora import LoRAConfig
 from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -26,11 +28,16 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.executor import Executor
 from vllm.v1.outputs import LogprobsTensors
 
+from xloom.adapters.manifest import Manifest
 from xloom.protocol import XloomError
+from xloom.router.return_mixture import wanted_gates
 from xloom.router.traffic import Ending
+from xloom.router.weights import adapter_in_place
 from xloom.settings import LimitSettings, Settings
 from xloom.vllm.front_end.core_client import RoutedCoreClient
 from xloom.vllm.front_end.grammars import GrammarCheck
+from xloom.vllm.front_end.mixture_answers import mixes, with_mixtures
+from xloom.vllm.lora import lora_request
 from xloom.vllm.metrics import RequestStatLogger, ScrapedStatLogger
 
 
@@ -106,21 +113,56 @@ class RoutedEngineClient(AsyncLLM):
         outputs = vllm_config.structured_outputs_config
         library, compact = outputs.backend, outputs.disable_any_whitespace
         limits = limits or LimitSettings()
-        self._most_logprobs = limits.logprob_values
+        self._most_logprobs, self._most_gates = limits.logprob_values, limits.gate_values
+        self._adapters: dict[str, int] = {}  # in each mixture, by the key of what is served
         self._grammars = GrammarCheck(limits, self._tokenizer_info, library, compact=compact)
         # Without it vLLM leaves structured output to us: `add_request` has it validated, and not on the event loop.
         self.input_processor.structured_outputs_config = None
 
+    def take(self, manifest: Manifest) -> None:
+        """Learn what is served."""
+        self._adapters = {entry.key: len(entry.adapters) for entry in manifest.entries if entry.adapters}
+
+    def generate(
+        self, *arguments: Any, lora_request: LoRARequest | None = None, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As `AsyncLLM.generate`, with the gates of mixtures."""
+        results = super().generate(*arguments, lora_request=lora_request, **options)
+        return with_mixtures(results) if mixes(lora_request) else results
+
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
     ) -> RequestOutputCollector:
-        """As `AsyncLLM.add_request`; a grammar is compiled aside first. Raises `RequestError`."""
+        """As `AsyncLLM.add_request`; a grammar is compiled aside first. Raises `RequestError`.
+
+        `AsyncLLM.generate` gives the `lora_request` by name (vLLM 0.32); one with weights of its own has another.
+        """
+        if (adapter := adapter_in_place()) is not None:
+            options["lora_request"] = lora_request(adapter)
         if isinstance(params, SamplingParams):
             _check_extra_args(params)
             bound_length(params, self._most_logprobs)
+            self._bound_gates(params, options.get("lora_request"))
             if params.structured_outputs is not None:
                 await self._check_grammar(params)
         return await super().add_request(request_id, prompt, params, *args, **options)
+
+    def _bound_gates(self, params: SamplingParams, lora: LoRARequest | None) -> None:
+        """As `bound_length`, for the gates of tokens. Raises `RequestError` where a greater length was asked for."""
+        wanted = wanted_gates()
+        if wanted is None or lora is None or params.max_tokens is None:
+            return
+        adapters = self._adapters.get(lora.lora_name, 0)
+        layers = self.model_config.hf_text_config.num_hidden_layers if wanted.detail == "layers" else 1
+        each = adapters * layers * wanted.sequences
+        most = self._most_gates // max(1, each)
+        if most < (params.max_tokens if wanted.has_length else 1):
+            found = (
+                f"Too many gates in one answer: {each * params.max_tokens}, in {layers} layers of {adapters} adapters."
+            )
+            cure = f"Ask for at most {self._most_gates}, or have the operator raise `router.limits.gate_values`."
+            raise RequestError(XloomError("limit_exceeded", found, cure))
+        params.max_tokens = min(params.max_tokens, most)
 
     async def _check_grammar(self, params: SamplingParams) -> None:
         assert params.structured_outputs is not None

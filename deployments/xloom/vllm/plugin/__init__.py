@@ -11,6 +11,7 @@ INPUT_GATES = "input_gates"  # in VllmConfig.additional_config["xloom"]: whether
 WORKER_EXTENSION = "xloom.vllm.plugin.worker.MixtureWorker"
 SCHEDULER = "xloom.vllm.plugin.scheduler.MixtureScheduler"
 ASYNC_SCHEDULER = "xloom.vllm.plugin.scheduler.AsyncMixtureScheduler"
+GATES = "xloom_gates"  # what a step's gates are called on their way to the replica
 
 
 def activate() -> None:

@@ -135,3 +135,15 @@ class GateTables:
             target[rows].copy_(gates.flatten(1))
         else:
             target.index_copy_(0, async_tensor_h2d(rows, device=self.gates.device), gates.flatten(1))
+
+    def read(self, entry: SlotRows) -> torch.Tensor:
+        """The gates `[num_rows, M, K]` of a slot's rows, as they are on the device by now."""
+        assert entry.routing is not None
+        shape, rows = (len(entry.routing.row), entry.routing.routing.num_adapters), entry.rows
+        held = self.gates[:, : shape[0] * shape[1]]
+        if isinstance(rows, slice):
+            held = held[rows]
+        else:
+            held = held.index_select(0, async_tensor_h2d(rows, device=held.device))
+        gates: torch.Tensor = held.unflatten(1, shape)
+        return gates

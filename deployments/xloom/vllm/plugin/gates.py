@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from xloom.mixtures.layer_means import layer_means
 from xloom.mixtures.routing.base import Routing
 from xloom.mixtures.routing.fixed import FixedRouting
 from xloom.mixtures.routing.inputs import InputRouting
@@ -40,6 +41,13 @@ class SlotRouting:
         self.constant = _constant(routing)
         self.inputs = routing if isinstance(routing, InputRouting) else None  # whose gates come of a linear's input
         self._layout: GateLayout | None = None
+        self._layer_means: torch.Tensor | None = None
+
+    def layer_means(self, device: torch.device) -> torch.Tensor:
+        """As `xloom.mixtures.layer_means`, for all steps."""
+        if self._layer_means is None:
+            self._layer_means = layer_means(list(self.row)).to(device)
+        return self._layer_means
 
     def layout(self, linears: Mapping[int, Sequence[str]]) -> GateLayout:
         """The same for all steps. `linears`: those of the model, as `slices_of` gives them."""
@@ -81,6 +89,8 @@ class SlotRows:
     gates: torch.Tensor | None = None  # [num_rows, sum of R] when widened, else [num_rows, M * K]
     widened: bool = False
     single: dict[int, torch.Tensor] = field(default_factory=dict)  # of a single row: [R] by linear
+    # On CPU, of a mixture whose gates come from the linears' inputs: modules, and their gates [num_rows, slices, K].
+    made: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
 
     @property
     def single_row(self) -> int | None:
@@ -128,11 +138,18 @@ class Gater(Protocol):
 
     manager: Any  # vLLM's LoRAModelManager that it serves
 
+    @property
+    def makes_gates(self) -> bool:
+        """Whether it can make gates of a linear's input."""
+
     def reserve(self, routing: SlotRouting) -> None:
         """Make room for the gates of a bundle that is being loaded."""
 
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         """The next forward pass runs with these gates `[num_rows, M, K]`, float32."""
+
+    def made_gates(self, entry: SlotRows) -> torch.Tensor:
+        """The gates `[num_rows, M, K]` that the last forward pass made of the linears' inputs."""
 
 
 @dataclass
@@ -151,6 +168,10 @@ class LoRABatch:
     def gated(self) -> list[SlotRows]:
         """The rows whose gates have to be set before a forward pass; those of other mixtures come from their inputs."""
         return [entry for entry in self.rows if entry.routing is not None and entry.routing.inputs is None]
+
+    def made(self) -> list[SlotRows]:
+        """The rows whose gates are made of the linears' inputs."""
+        return [entry for entry in self.rows if entry.routing is not None and entry.routing.inputs is not None]
 
 
 BATCH = LoRABatch()

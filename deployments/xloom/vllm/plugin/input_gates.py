@@ -11,7 +11,7 @@ import torch
 # Relied on: `LoRAKernelMeta.meta_args`; vLLM 0.32.
 from vllm.triton_utils import tl, triton
 
-from xloom.mixtures.routing.inputs import MOST_ADAPTERS
+from xloom.mixtures.weights import MOST_ADAPTERS
 from xloom.vllm.plugin.gate_tables import ABSOLUTE, SIGMOID, GateTables
 
 BLOCK_M, BLOCK_K = 16, 128

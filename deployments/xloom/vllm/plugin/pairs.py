@@ -30,6 +30,7 @@ SCALING_MARK = "~scaling"  # in a scaling sequence's id; what precedes it is the
 BUNDLE_ARG = "xloom_bundle"  # of a scaling sequence: the LoRARequest whose router reads the hidden states
 PROMPT_ARG = "xloom_prompt_tokens"  # of a request that goes on elsewhere: the tokens of its prompt that a client sent
 WEIGHTS_ARG = "xloom_weights"  # of a mixture of constants: the request's own, one for each adapter, in their order
+LAYERS_ARG = "xloom_layers"  # of a request that asks for the gates of each layer
 
 
 def scaling_id(request_id: str) -> str:
@@ -62,6 +63,13 @@ def gate_source(path: str) -> GateSource | None:
     if found is None or found[0].source is not Source.HIDDEN:
         return None
     return GateSource(*(found[1]["routing"][field] for field in GateSource._fields))
+
+
+@lru_cache(maxsize=4096)
+def adapters_of(path: str) -> tuple[str, ...]:
+    """The names of a prepared mixture's adapters; none for a plain adapter."""
+    found = read_description(Path(path))
+    return () if found is None else tuple(found[1]["adapter_names"])
 
 
 class Constants(NamedTuple):

@@ -34,7 +34,7 @@ def lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], lo
         if weights is None:
             continue
         if (row := entry.single_row) is not None:
-            weights.single.add_product(y[row], x[row], entry.single_gate_of(address))
+            weights.single.add_product(y[row], x[row], entry.single_gate_of(address), entry.made)
         else:
             _add(y, x, weights, entry, entry.gate_of(address))
 
@@ -45,7 +45,7 @@ def _add(y: torch.Tensor, x: torch.Tensor, weights: SlotLinear, entry: SlotRows,
         rows, target = x[places], y[places]
     else:  # a third of the time of x[places]
         rows, target = x.index_select(0, places), y.index_select(0, places)
-    shrunk, own = weights.shrink(rows)
+    shrunk, own = weights.shrink(rows, entry.made)
     gate = gate if own is None else own
     if gate is not None:
         if gate.shape[1] != shrunk.shape[1] or len(gate) not in (1, len(shrunk)):
@@ -70,6 +70,7 @@ class GatedPunicaCPU(PunicaWrapperCPU):
     """vLLM's CPU punica wrapper with the gate, and without its weight copy per token."""
 
     manager: Any = None
+    makes_gates = True  # of a linear's input: R lies under A
 
     def attach(self, manager: Any) -> None:
         """Take the LoRA manager whose slots this wrapper serves."""
@@ -81,6 +82,11 @@ class GatedPunicaCPU(PunicaWrapperCPU):
 
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         entry.set_gates(gates)
+
+    def made_gates(self, entry: SlotRows) -> torch.Tensor:
+        made = torch.cat([gates for _, gates in entry.made], 1)
+        order = [module for modules, _ in entry.made for module in modules]
+        return made if order == sorted(order) else made[:, np.argsort(order)]
 
     def update_metadata(
         self,

@@ -82,6 +82,11 @@ class GatedPunicaGPU(PunicaWrapperGPU):
         )
         _tables[:] = [self.tables]
 
+    @property
+    def makes_gates(self) -> bool:
+        """Whether it can make gates of a linear's input."""
+        return BATCH.input_gates
+
     def reserve(self, routing: SlotRouting) -> None:
         """Make room for the gates of a bundle that is being loaded."""
         self.tables.reserve(routing)
@@ -108,6 +113,10 @@ class GatedPunicaGPU(PunicaWrapperGPU):
     def set_gates(self, entry: SlotRows, gates: torch.Tensor) -> None:
         """Take the gates `[num_rows, M, K]` of a slot's rows for the step that comes, float32 on the device."""
         self.tables.put(entry, gates)
+
+    def made_gates(self, entry: SlotRows) -> torch.Tensor:
+        """They are where `input_gates` wrote them."""
+        return self.tables.read(entry)
 
     def add_shrink(
         self,

@@ -20,6 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from xloom.vllm.plugin.gate_reports import with_gates
 from xloom.vllm.plugin.pairs import is_scaling, mixture_id
 from xloom.vllm.plugin.step import MixtureStep, Row, kept_on, rows_in_order
 
@@ -201,6 +202,11 @@ def _rows(batch: Any, output: SchedulerOutput) -> list[Row]:
 def _sampling(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        mixtures = _mixtures_of(self)
+        gates = None if mixtures is None else mixtures.step.told()
+        return with_gates(sampled(self, grammar_output), gates)
+
+    def sampled(self: Any, grammar_output: Any) -> Any:
         if self.device.type != "cpu" or self.execute_model_state is None:
             return original(self, grammar_output)
         # A chunk of a prompt samples in vain. `_bookkeeping_sync` then turns a seeded generator back by its offset,

@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from xloom.vllm.plugin.gate_reports import with_gates
 from xloom.vllm.plugin.pairs import is_scaling, scaling_id
 from xloom.vllm.plugin.step import MixtureStep, Row, kept_on, rows_in_order
 
@@ -41,6 +42,7 @@ def patch() -> type:
     runner.prepare_inputs = _preparing(runner.prepare_inputs)
     runner._set_active_loras = _activating(runner._set_active_loras)
     runner.sample = _sampling(runner.sample)
+    runner.sample_tokens = _telling(runner.sample_tokens)
     runner.postprocess_sampled = _postprocessing(runner.postprocess_sampled)
     return GPUModelRunner  # type: ignore[no-any-return]
 
@@ -108,6 +110,16 @@ def _sampling(original: Callable[..., Any]) -> Callable[..., Any]:
         return SamplerOutput(tokens, None, None, none, none), none, none
 
     return sample
+
+
+def _telling(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mixtures = _mixtures_of(self)
+        gates = None if mixtures is None else mixtures.step.told()
+        return with_gates(original(self, *args, **kwargs), gates)
+
+    return sample_tokens
 
 
 def _postprocessing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import Request, RequestStatus
 
+from xloom.vllm.plugin import GATES
+from xloom.vllm.plugin.gate_records import GateRecords
 from xloom.vllm.plugin.hits import PairHits
 from xloom.vllm.plugin.pairs import (
     MixtureRequest,
@@ -63,6 +65,7 @@ class PairScheduling(Scheduler):
         self.pair_preemptions = 0
         self._turns = Turns()
         self._hits = PairHits(self.kv_cache_manager, self.block_size)
+        self._gates = GateRecords()
         self._loras: set[int] = set()  # that running requests need, with those of pairs let in
         self._starved: list[str] = []  # that found no pages in the last step
         # Requests; vLLM's max_num_seqs is the number of rows, of which a pair takes two.
@@ -75,6 +78,7 @@ class PairScheduling(Scheduler):
     # Arrival and end.
 
     def add_request(self, request: Request) -> None:
+        self._gates.begin(request)
         source = source_of(request.lora_request)
         if request.request_id in self.requests or source is None:
             super().add_request(request)
@@ -100,6 +104,7 @@ class PairScheduling(Scheduler):
         return ended
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._gates.drop(request.request_id)
         if isinstance(request, MixtureRequest) and self.pairs.pop(request.request_id, None) is not None:
             self._parked.pop(request.request_id, None)
             self._mixing.discard(request.request_id)
@@ -359,7 +364,10 @@ class PairScheduling(Scheduler):
             for name, row in model_runner_output.req_id_to_index.items():
                 if is_scaling(name):
                     sampled[row] = []
-        return super().update_from_output(scheduler_output, model_runner_output)
+        told = self._gates.take(getattr(model_runner_output, GATES, None))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._gates.attach(told, outputs)
+        return outputs
 
     def get_request_counts(self) -> tuple[int, int]:
         if not self.pairs:

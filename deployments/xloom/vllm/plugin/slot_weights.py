@@ -21,6 +21,8 @@ from xloom.vllm.plugin.gates import SlotRouting
 # three times as quick.
 PACKED_FROM = 1 << 15
 
+Made = list[tuple[tuple[int, ...], Tensor]]  # `SlotRows.made`
+
 
 class Shrink:
     """The A `[rank, in]` of all slices of a linear."""
@@ -80,10 +82,12 @@ class SlotRouter:
     routing: InputRouting
     bias: Tensor  # [slices, K] float32
     columns: Tensor  # [sum of ranks]: which of a row's slices * K gates multiplies each rank
+    modules: tuple[int, ...]  # the slices', as the routing counts them
 
-    def gates(self, product: Tensor) -> Tensor:
-        """`[num_rows, sum of ranks]` float32, of R x `[num_rows, slices * K]`."""
+    def gates(self, product: Tensor, made: Made) -> Tensor:
+        """`[num_rows, sum of ranks]` float32, of R x `[num_rows, slices * K]`; what they are made of joins `made`."""
         gates = self.routing.gates_of(product.view(len(product), *self.bias.shape), self.bias)
+        made.append((self.modules, gates))
         return gates.flatten(1).index_select(1, self.columns)
 
 
@@ -105,12 +109,12 @@ class SingleRow:
         num_ranks = sum(heights[: len(b)])
         self._shrunk, self._logits, self._router = product[:num_ranks], product[num_ranks:], router
 
-    def add_product(self, y: Tensor, x: Tensor, gate: Tensor | None) -> None:
-        """Add B (gate * A x) to `y [out]`, for `x [in]` and `gate [sum of ranks]`."""
+    def add_product(self, y: Tensor, x: Tensor, gate: Tensor | None, made: Made) -> None:
+        """Add B (gate * A x) to `y [out]`, for `x [in]` and `gate [sum of ranks]`; `made` as of `SlotRouter`."""
         for weight, part in self._shrink:
             torch.mv(weight, x, out=part)
         if self._router is not None:
-            gate = self._router.gates(self._logits[None])[0]
+            gate = self._router.gates(self._logits[None], made)[0]
         if gate is not None:
             if gate.shape != self._shrunk.shape:
                 raise RuntimeError(f"gates {tuple(gate.shape)} for ranks {tuple(self._shrunk.shape)}")
@@ -129,12 +133,12 @@ class SlotLinear:
     single: SingleRow
     router: SlotRouter | None = None
 
-    def shrink(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def shrink(self, x: Tensor, made: Made) -> tuple[Tensor, Tensor | None]:
         """A x `[num_rows, sum of ranks]` for `x [num_rows, in]`, and the gates that are made of x, if any are."""
         product = self.a.product(x)
         if self.router is None:
             return product, None
-        return product[:, : self.num_ranks], self.router.gates(product[:, self.num_ranks :])
+        return product[:, : self.num_ranks], self.router.gates(product[:, self.num_ranks :], made)
 
 
 def slot_linear(
@@ -167,6 +171,6 @@ def slot_linear(
     rows = [routing.row[name] for name in held]
     weights = [inputs.routers[row][0].to(shrinks[0].dtype) for row in rows]
     columns = torch.cat([place * count + routing.segments[row] for place, row in enumerate(rows)])
-    router = SlotRouter(inputs, torch.stack([inputs.routers[row][1] for row in rows]), columns)
+    router = SlotRouter(inputs, torch.stack([inputs.routers[row][1] for row in rows]), columns, tuple(rows))
     stacked = [*shrinks, *weights]
     return SlotLinear(Shrink(stacked), tuple(slices), done, SingleRow(stacked, expands, router), router)

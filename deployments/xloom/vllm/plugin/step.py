@@ -22,8 +22,9 @@ from xloom.mixtures.routing.base import Routing
 from xloom.mixtures.routing.fixed import FixedRouting
 from xloom.mixtures.routing.xlora import XLoraRouting
 from xloom.mixtures.single_pass import segment_end
+from xloom.vllm.plugin.gate_reports import GateReports, StepGates
 from xloom.vllm.plugin.gate_store import GateStore, Span
-from xloom.vllm.plugin.gates import BATCH, SlotRouting
+from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows
 from xloom.vllm.plugin.pairs import (
     BUNDLE_ARG,
     WEIGHTS_ARG,
@@ -78,10 +79,18 @@ class MixtureStep:
         self._weights: dict[str, list[float] | None] = {}  # by request with constant gates; None: the mixture's own
         self._constants: dict[str, Tensor] = {}  # [M, K], made of them
         self._tally = tally_of_this_rank(device.type)
+        self.reports = GateReports(device) if self._tally is not None else None  # of the rank whose outputs count
+        self._made: list[tuple[SlotRows, list[Row]]] = []  # rows of this step whose gates the forward pass makes
         self._timed = False
 
     def begin(self, output: SchedulerOutput) -> None:
         """Learn of requests that came, went or start again with this step."""
+        if self.reports is not None:
+            self.reports.clear()
+            for name in output.finished_req_ids:
+                self.reports.drop(name)
+            for new in output.scheduled_new_reqs:
+                self.reports.begin(new)
         for name in output.finished_req_ids:
             self._bundles.pop(name, None)
             self._single.pop(name, None)
@@ -107,8 +116,8 @@ class MixtureStep:
 
     @property
     def idle(self) -> bool:
-        """Whether there is no request whose gates have to be handed over."""
-        return not self._bundles and not self._single and not self._weights
+        """Whether there is no request whose gates have to be handed over or told."""
+        return not self._bundles and not self._single and not self._weights and not self.reports
 
     def in_two_passes(self, request_id: str) -> bool:
         """Whether a mixture's request and its scaling sequence have the same tokens to the end."""
@@ -122,18 +131,31 @@ class MixtureStep:
         self._timed = self._tally is not None and bool(routed or scaling)
         if self._timed and self._tally is not None:
             self._tally.start(scaling_share=scaling / sum(row.num_tokens for row in rows))
-        if entries:
-            spans: dict[int, list[Span]] = {entry.adapter_id: [] for entry in entries}
-            constant = {entry.adapter_id: entry.routing for entry in entries}
+        made = BATCH.made()
+        held: dict[int, list[Row]] = {entry.adapter_id: [] for entry in (*entries, *made)}
+        if held:
             for row in rows:
-                if row.lora_id in spans:
-                    spans[row.lora_id].append(self._span(row, constant[row.lora_id]))
+                if row.lora_id in held:
+                    held[row.lora_id].append(row)
+        for entry in entries:
+            spans = [self._span(row, entry.routing) for row in held[entry.adapter_id]]
+            gates = self.store.take(spans)
             assert BATCH.gater is not None
-            for entry in entries:
-                gates = self.store.take(spans[entry.adapter_id])
-                BATCH.gater.set_gates(entry, gates)
-                self._count(entry.routing, spans[entry.adapter_id], gates)
+            BATCH.gater.set_gates(entry, gates)
+            self._count(entry.routing, spans, gates)
+            self._tell(entry, held[entry.adapter_id], gates)
+        self._made = [(entry, held[entry.adapter_id]) for entry in made]
+        for entry in made:
+            entry.made.clear()
         self._lap()
+
+    def _tell(self, entry: SlotRows, rows: Sequence[Row], gates: Tensor) -> None:
+        if self.reports is not None and entry.routing is not None:
+            self.reports.add(entry.routing, [(row.request_id, row.position, row.num_tokens) for row in rows], gates)
+
+    def told(self) -> StepGates | None:
+        """What this step's gates were, for the scheduler; None for nothing. Once."""
+        return None if self.reports is None else self.reports.take()
 
     def _count(self, routing: SlotRouting | None, spans: Sequence[Span], gates: Tensor) -> None:
         """Add the gates of the requests' own tokens, each as often as it is computed, to the figures."""
@@ -167,6 +189,11 @@ class MixtureStep:
 
     def make(self, rows: Sequence[Row], hidden: Tensor) -> None:
         """After the forward pass: gates of tokens to come, from `hidden [num_tokens or more, hidden]`."""
+        for entry, of_entry in self._made:
+            assert BATCH.gater is not None
+            self._tell(entry, of_entry, BATCH.gater.made_gates(entry))
+            entry.made.clear()
+        self._made = []
         self._lap()
         by_bundle: dict[int, list[_Making]] = {}
         for row in rows:
