@@ -106,10 +106,10 @@ def one_seed(
     look("distilled", learner, timed(lambda: learning.begin(learner)))
     alike = agreement(mixture, bundle, learner, columns[MIXED])
     found["distilled"]["agreement"] = {"tokens": alike.tokens, "adapters": alike.adapters, "gates": alike.gates}
-    look("tuned", learner, timed(lambda: train(learner, learning.phases(learner), told=told)))
+    look("tuned", learner, timed(lambda: train(learner, learning.training(learner), told=told)))
     composed = composing.router()
     composing.begin(composed)
-    look("composed", composed, timed(lambda: train(composed, composing.phases(composed), told=told)))
+    look("composed", composed, timed(lambda: train(composed, composing.training(composed), told=told)))
     return found
 
 

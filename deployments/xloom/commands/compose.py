@@ -233,6 +233,5 @@ def _table(first: str, columns: Sequence[str]) -> Table:
 
 def _called(name: str, composed: Composed) -> str:
     if name == "arrow":
-        top_k, temperature = composed.arrow
-        return f"Arrow, top {top_k}, T {temperature:g}"
+        return f"Arrow, top {composed.arrow.top_k}, T {composed.arrow.temperature:g}"
     return {"bundle": "the bundle", "router": "the new router", "uniform": "uniform weights"}.get(name, name)

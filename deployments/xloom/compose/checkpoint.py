@@ -20,9 +20,8 @@ PART = "checkpoint.part"  # one that is being written
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come: `done` steps of phase `phase`."""
+    """How far a training has come: `done` steps."""
 
-    phase: int
     done: int
     router: Mapping[str, Tensor]
     optimiser: Mapping[str, Tensor]
@@ -39,7 +38,7 @@ class Checkpoint:
         tensors = {f"router.{name}": tensor for name, tensor in progress.router.items()}
         tensors |= {f"optimiser.{name}": tensor for name, tensor in progress.optimiser.items()}
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        state = {"run": self._run, "phase": progress.phase, "done": progress.done}
+        state = {"run": self._run, "done": progress.done}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.file.with_name(PART)
         save_file(tensors, scratch, metadata={"xloom": json.dumps(state)})
@@ -53,7 +52,7 @@ class Checkpoint:
             with safe_open(self.file, framework="pt") as opened:
                 state = json.loads(opened.metadata()["xloom"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            run, phase, done = str(state["run"]), int(state["phase"]), int(state["done"])
+            run, done = str(state["run"]), int(state["done"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise self._unusable(f"can't be read: {error!r}") from None
         if run != self._run:
@@ -62,7 +61,7 @@ class Checkpoint:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
 
-        return Progress(phase, done, part("router."), part("optimiser."))
+        return Progress(done, part("router."), part("optimiser."))
 
     def remove(self) -> None:
         """The training is over."""

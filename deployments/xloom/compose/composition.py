@@ -27,6 +27,7 @@ from xloom.compose.training import SAVE_S, Told, train
 from xloom.mixtures.base_weights import BaseWeights
 from xloom.mixtures.lora import LoraWeights, read_lora
 from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.routing.arrow import ArrowRouting
 from xloom.mixtures.stacking import stack_adapters
 from xloom.protocol import XloomError
 
@@ -50,7 +51,7 @@ class Composed:
     """What came of a plan."""
 
     figures: Figures
-    arrow: tuple[int | None, float]  # top k and temperature that suited the training text best
+    arrow: ArrowRouting  # with the top k and temperature that suited the training text best
     agreement: Agreement | None  # with the bundle that was learned from, on held-out rows
     seconds: float  # of the training, in this process
     record: dict[str, Any]
@@ -88,7 +89,7 @@ def compose(plan: Plan, tokenizer: Any, listener: Listener | None = None, save_s
     router = course.router()
     if checkpoint.load() is None:
         course.begin(router)
-    train(router, course.phases(router), checkpoint, listener.step, save_s)
+    train(router, course.training(router), checkpoint, listener.step, save_s)
     seconds = time.monotonic() - began
     listener.stage("Writing")
     folders = plan.adapters if made.teacher is None else {
@@ -167,4 +168,4 @@ def _judged(
     }
     if alike is not None:
         record["agreement"] = dataclasses.asdict(alike)
-    return Composed(found, (arrow.top_k, arrow.temperature), alike, seconds, record)
+    return Composed(found, arrow, alike, seconds, record)

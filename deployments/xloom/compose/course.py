@@ -1,4 +1,4 @@
-"""What a router goes through: where it starts from, and the phases of its training."""
+"""What a router goes through: where its training starts from, and what that is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xloom.compose.mixture import Mixture
 from xloom.compose.options import Options
 from xloom.compose.teacher import Teacher
 from xloom.compose.text import Batches
-from xloom.compose.training import Phase
+from xloom.compose.training import Training
 
 # Batches have numbers: those of the steps, and below them these.
 LOOKED_AT, CHOSEN_BY, FITTED_TO = -1, -2, -3  # for the inputs' mean and deviation; for Arrow's options; for the fit
@@ -58,8 +58,8 @@ class Course:
             bundle = self.teacher.router(self.mixture.device)
             fit(self.mixture, router, ids, bundle.logits(self.mixture.scaling_hidden(ids, bundle), router.activation))
 
-    def phases(self, router: LearnedRouter) -> list[Phase]:
-        """The training from there on, by the language model's loss."""
+    def training(self, router: LearnedRouter) -> Training:
+        """The steps from there on, by the language model's loss."""
         options, tuned = self.options, self.teacher is not None
         name, steps = ("tuning the router", options.tune) if tuned else ("training the router", options.steps)
         share = 0.0 if tuned else options.domain_share
@@ -67,7 +67,7 @@ class Course:
         def loss(step: int) -> Tensor:
             return language_loss(self.mixture, router, *self._drawn(self.batches, step), share)
 
-        return [Phase(name, steps, options.learning_rate, loss)]
+        return Training(name, steps, options.learning_rate, loss)
 
     def _drawn(self, batches: Batches, number: int) -> tuple[Tensor, Tensor]:
         ids, domains = batches.draw(number)

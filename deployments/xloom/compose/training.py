@@ -1,10 +1,10 @@
-"""The loop that trains a router: phases of steps, each with its loss, a checkpoint now and then, and how far it is."""
+"""The loop that trains a router: steps with a loss, a checkpoint now and then, and how far it is."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,8 +19,8 @@ _SMOOTH = 0.95  # of the loss that is shown
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Steps of one kind; `loss` gives that of a step, by its number in the phase."""
+class Training:
+    """Steps of one kind; `loss` gives that of a step, by its number."""
 
     name: str
     steps: int
@@ -32,20 +32,20 @@ class Phase:
 class Told:
     """What is told after each step."""
 
-    phase: str
+    training: str
     step: int
     steps: int
     loss: float  # smoothed
-    left_s: float  # of this phase
+    left_s: float
 
     def __str__(self) -> str:
         left = f"{self.left_s / 60:.0f} min" if self.left_s >= 90 else f"{self.left_s:.0f} s"
-        return f"{self.phase}, step {self.step} of {self.steps}, loss {self.loss:.4f}, {left} left"
+        return f"{self.training}, step {self.step} of {self.steps}, loss {self.loss:.4f}, {left} left"
 
 
 def train(
     router: LearnedRouter,
-    phases: Sequence[Phase],
+    training: Training,
     checkpoint: Checkpoint | None = None,
     told: Callable[[Told], object] = lambda step: None,
     save_s: float = SAVE_S,
@@ -54,52 +54,32 @@ def train(
 
     Raises `XloomError`: diverged, checkpoint_unusable.
     """
-    parameters = parameters_of(router)
-    found = checkpoint.load() if checkpoint else None
-    if found is not None:
+    optimiser = Optimiser(parameters_of(router), training.steps, training.peak, weight_decay=0.0)
+    if (found := checkpoint.load() if checkpoint else None) is not None:
         router.load_state_dict(found.router)
-    for number, phase in enumerate(phases):
-        optimiser = Optimiser(parameters, phase.steps, phase.peak, weight_decay=0.0)
-        if found is not None and found.phase > number:
-            continue
-        if found is not None and found.phase == number and found.done:
+        if found.done:
             optimiser.load(found.optimiser, found.done)
-        _run(router, number, phase, optimiser, checkpoint, told, save_s)
-        if checkpoint:
-            checkpoint.save(Progress(number + 1, 0, router.state_dict(), {}))
-
-
-def _run(
-    router: LearnedRouter,
-    number: int,
-    phase: Phase,
-    optimiser: Optimiser,
-    checkpoint: Checkpoint | None,
-    told: Callable[[Told], object],
-    save_s: float,
-) -> None:
-    began = saved = time.monotonic()
-    first, shown, whole = optimiser.done, math.nan, True
 
     def save() -> None:
         if checkpoint:
-            state = optimiser.state() if optimiser.done else {}
-            checkpoint.save(Progress(number, optimiser.done, router.state_dict(), state))
+            checkpoint.save(Progress(optimiser.done, router.state_dict(), optimiser.state()))
 
+    began = saved = time.monotonic()
+    first, shown, whole = optimiser.done, math.nan, True
     try:
-        while optimiser.done < phase.steps:
-            loss = phase.loss(optimiser.done)
+        while optimiser.done < training.steps:
+            loss = training.loss(optimiser.done)
             value = loss.item()
             if not math.isfinite(value):
-                message = f"The loss of {phase.name} became {value} at step {optimiser.done + 1}."
+                message = f"The loss of {training.name} became {value} at step {optimiser.done + 1}."
                 raise XloomError("diverged", message, "Lower the learning rate (--learning-rate).")
             whole = False
             optimiser.step(loss)
             whole = True
             shown = value if math.isnan(shown) else _SMOOTH * shown + (1 - _SMOOTH) * value
             now = time.monotonic()
-            left = (now - began) / (optimiser.done - first) * (phase.steps - optimiser.done)
-            told(Told(phase.name, optimiser.done, phase.steps, shown, left))
+            left = (now - began) / (optimiser.done - first) * (training.steps - optimiser.done)
+            told(Told(training.name, optimiser.done, training.steps, shown, left))
             if now - saved >= save_s:
                 saved = now
                 save()
@@ -107,3 +87,4 @@ def _run(
         if whole:  # else in mid-step: the checkpoint before stands
             save()
         raise
+    save()  # its judgement may yet be interrupted

@@ -235,7 +235,7 @@ def train_xlora(streams: dict[str, torch.Tensor], base: Path, adapters: Path, ou
 
     with tqdm(total=steps, desc="x-lora", mininterval=20, ascii=True) as bar:
         training.train(
-            router, [training.Phase("x-lora", steps, 5e-3, loss)], told=lambda told: bar.update(told.step - bar.n)
+            router, training.Training("x-lora", steps, 5e-3, loss), told=lambda told: bar.update(told.step - bar.n)
         )
     write_xlora(out, router, [f"../adapters/{domain}" for domain in DOMAINS], "base")
 
