@@ -225,7 +225,7 @@ class AdapterCatalog:
                 found[name] = folder / str(number)
                 found[name].mkdir(parents=True)
                 for file in (self._prepared / generation).iterdir():
-                    os.link(file, found[name] / file.name)
+                    _link(file, found[name] / file.name)
         for name, generation in parts.items():
             if folder_generation(found[name]) != generation:
                 raise _damaged(generation, "damaged on disk")
@@ -497,6 +497,13 @@ def _speaking_of(source: str, folder: Path) -> Iterator[None]:
     except XloomError as error:
         message = error.message.replace(str(folder), source)
         raise XloomError(error.code, message, error.cure, error.status) from None
+
+
+def _link(file: Path, copy: Path) -> None:
+    try:
+        os.link(file, copy)
+    except OSError:  # of a file system without links
+        shutil.copyfile(file, copy)
 
 
 def _no_generation(generation: str) -> XloomError:

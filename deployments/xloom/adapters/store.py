@@ -301,25 +301,28 @@ class AdapterStore:
         Raises `XloomError` as `await_resident`; one that refused it counts where no other holds it.
         """
         catalog = await self._catalog()
-        key = adapter_key(name, generation)
+        key, source = adapter_key(name, generation), ""
 
         def held() -> bool:
+            nonlocal source
             entry = catalog.manifest.get(name)
             if entry is None or entry.generation != generation:
-                raise XloomError("adapter_superseded", "Its adapters were replaced or removed meanwhile.", "", 409)
+                what = "Of the adapters that the request mixes one was replaced or removed meanwhile."
+                raise XloomError("adapter_superseded", what, "Send it again.", 409)
+            source = entry.source
             if not self._residency.live():
                 return self._settled()
             if self._residency.holding(key):
                 return True
             if failures := self._residency.failures(key):
                 replica, refusal = next(iter(failures.items()))
-                message = f"The replica {replica} could not load {entry.source}: {refusal.reason}"
+                message = f"The replica {replica} could not load {source}: {refusal.reason}"
                 raise XloomError("adapter_load_failed", message, "See `xloom status`.", 500)
             return False
 
         if not await self._until(held, timeout_s):
-            said = f"No replica has loaded {', '.join(catalog.manifest.of_requests[name].adapters)} together within "
-            raise XloomError("adapter_not_resident", f"{said}{timeout_s:g} s.", "Retry: they go on.", 504)
+            what = f"No replica has loaded {source} together within {timeout_s:g} s."
+            raise XloomError("adapter_not_resident", what, "Retry: they go on.", 504)
 
     async def await_absent(self, name: str, generation: str, timeout_s: float) -> None:
         """Wait until no live replica holds an entry any more, or it is wanted again.
