@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xloom.mixtures.base_weights import BaseWeights
+from xloom.mixtures.general_knowledge import without_general
 from xloom.mixtures.linear_router import load_linear_router
 from xloom.mixtures.lora import LoraWeights, read_lora
 from xloom.mixtures.options import ROUTER_FILE, XLORA_FILE
@@ -42,11 +43,17 @@ def prepare_mixture(
 ) -> Prepared:
     """Stack the adapters in `folders`, by name, and write them to `out` with the routing that `blend` says.
 
+    Those that `blend` subtracts are among the folders.
+
     Raises `XloomError`: invalid_mixture, invalid_weights, rank_too_large, and what reading an adapter raises.
     """
-    names = tuple(folders)
+    mixed = {name: folder for name, folder in folders.items() if name not in blend.subtract or name in blend.adapters}
+    names = tuple(mixed)
     _check_blend(blend, names)
-    adapters = [read_lora(folder, modules, base) for folder in folders.values()]
+    adapters = [read_lora(folder, modules, base) for folder in mixed.values()]
+    if blend.subtract:
+        general = {name: read_lora(folders[name], modules, base) for name in blend.subtract}
+        adapters = [without_general(name, each, general) for name, each in zip(names, adapters, strict=True)]
     stack = _stack(", ".join(names), names, adapters, modules, max_rank)
     if blend.routing == FixedRouting.kind:
         weights = checked_weights(blend.weights or dict.fromkeys(names, 1 / len(names)), names, "the mixture")
@@ -148,6 +155,8 @@ def _check_blend(blend: Blend, names: tuple[str, ...]) -> None:
     arrow = blend.routing == ArrowRouting.kind
     if arrow and blend.weights:
         raise _invalid("weights are for routing fixed")
+    if not arrow and blend.subtract:
+        raise _invalid("subtract is for routing arrow")
     if not arrow and (blend.top_k is not None or blend.temperature is not None):
         raise _invalid("top_k and temperature are for routing arrow")
     if blend.top_k is not None and not 1 <= blend.top_k <= len(names):
