@@ -130,11 +130,12 @@ def as_markdown(result: dict[str, Any]) -> str:
             spread = f" ({min(values):.2f} to {max(values):.2f})" if column == MIXED else ""
             cells.append(f"{sum(values) / len(values):.2f}{spread}")
         lines.append(f"| `linear`, {way} | " + " | ".join(cells) + " |")
-    lines += ["", "| mean gates on | " + " | ".join(DOMAINS) + " |", "|---|" + "---|" * len(DOMAINS)]
-    for way, by_column in (result["fixed"]["gates"] | {way: seeds[0][way]["gates"] for way in seeds[0]}).items():
-        for column, gates in by_column.items():
-            cells = " | ".join(f"{gates[name]:.2f}" for name in DOMAINS)
-            lines.append(f"| {names.get(way, way)}, on {column} | {cells} |")
+    lines += ["", f"| mean gates of {', '.join(DOMAINS)} | " + " | ".join(f"on {column}" for column in columns) + " |"]
+    lines.append("|---|" + "---|" * len(columns))
+    trained = {f"`linear`, {way}": seeds[0][way]["gates"] for way in seeds[0]}
+    for way, by_column in (result["fixed"]["gates"] | trained).items():
+        cells = (" ".join(f"{by_column[column][name]:.2f}" for name in DOMAINS) for column in columns)
+        lines.append(f"| {names.get(way, way)} | " + " | ".join(cells) + " |")
     for way in seeds[0]:
         clock, processor = ([seed[way][kind] for seed in seeds] for kind in ("seconds", "processor_s"))
         lines += ["", f"{way}: {max(clock):.0f} s at most by the clock, {max(processor):.0f} s of processor time."]
