@@ -42,6 +42,7 @@ def options() -> argparse.Namespace:
 
 
 OPTIONS = options()
+ROUNDING = 0.03  # between two logits near 4, a few steps of float16
 os.environ |= {
     "VLLM_USE_V2_MODEL_RUNNER": str(int(OPTIONS.runner == "v2")),
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -67,6 +68,7 @@ from tests.models import (
     HIDDEN,
     load_model,
     peft_greedy,
+    peft_logits,
     peft_lora,
     peft_xlora,
     tiny_adapter,
@@ -220,6 +222,18 @@ class Served:
         means: np.ndarray[Any, Any] = found.float().mean(1).numpy()
         return means
 
+    def is_rounding(self, it: Asked, got: list[int], want: list[int]) -> bool:
+        """Whether an answer goes another way where the oracle's two best tokens are as near as half precision tells."""
+        apart = [place for place, (one, other) in enumerate(zip(got, want, strict=False)) if one != other]
+        if OPTIONS.dtype != "float16" or not apart:
+            return False
+        oracle, ids = self.oracles[it.kind], it.prompt + got[: apart[0]]
+        if isinstance(oracle, Reference):
+            logits = oracle.logits(ids, len(it.prompt) - it.answered)[-1]
+        else:
+            logits = oracle.logits(ids)[-1] if isinstance(oracle, OnePassReference) else peft_logits(oracle, ids)[-1]
+        return bool(logits.max() - logits[got[apart[0]]] < ROUNDING)
+
 
 @dataclass
 class Asked:
@@ -339,7 +353,7 @@ def main() -> None:
             want = served.greedy(it.kind, sent, it.answered + it.sampling["max_tokens"])[it.answered :]
             ends = [place for place, token in enumerate(want) if token in it.sampling.get("stop_token_ids", ())]
             want = want[: ends[0] + 1] if ends else want
-            if got != want:
+            if got != want and not served.is_rounding(it, got, want):
                 wrong.append([name, it.kind, len(it.prompt), it.answered, got, want])
             # In half precision top-k may choose another where two are nearly alike; gates made of what gates made
             # carry rounding on.
