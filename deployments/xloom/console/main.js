@@ -17,9 +17,11 @@ const api = new Api(key.get);
 const palette = new Palette();
 const look = (/** @type {string} */ name) => palette.of(name);
 const models = new Models();
+/** @type {number | undefined} */
+let timer;
 const weights = new Weights(look);
 const deployment = new Deployment();
-const chat = new Chat(api, look, request);
+const chat = new Chat(api, look, request, watch);
 
 /** What the user has set. */
 function request() {
@@ -78,9 +80,6 @@ async function refresh() {
   const ready = status === null || status.replicas.length > 0;
   connected(ready ? "good" : "waiting", ready ? "Connected" : "No replica is ready");
 }
-
-/** @type {number | undefined} */
-let timer;
 
 async function watch() {
   clearTimeout(timer);
