@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,27 +24,35 @@ from rich.progress import track
 
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
-from xloom.protocol import NO_OVERRIDES, Overrides
+from xloom.mixtures.prepare_mixture import prepare_mixture
+from xloom.protocol import NO_OVERRIDES, Blend, Overrides
 from xloom.settings import SAMPLE
 
 from .machine import machine
 from .random_models import EXPERTS, LARGE, RANK, SEVEN_B, Shape, write_adapter, write_bundle, write_model
 
 ROOT = Path(__file__).parents[1]
+ROUTINGS = ("fixed", "arrow")
 Adapters = dict[str, tuple[str, str]]  # name -> kind, prepared folder
 console = Console(stderr=True)
 
 
-def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> Adapters:
-    """What replicas load, by name: kind and folder. The plain adapter is of the mixtures' rank."""
+def prepared(bundle: Path, mixed: dict[str, Path], adapter: Path, model: Path, out: Path) -> Adapters:
+    """What replicas load, by name: kind and folder. The plain adapter is of the mixtures' rank.
+
+    `mixed` are the bundle's adapters, for the kinds of mixture without a classifier.
+    """
     linears = linear_modules(str(model))
     hidden = json.loads((model / "config.json").read_text())["hidden_size"]
     for name, overrides in {"mixture": NO_OVERRIDES, "single": Overrides(routing_passes=1)}.items():
         prepare_bundle(
             bundle, linears, out / name, hidden_size=hidden, max_rank=256, root=bundle.parent, overrides=overrides
         )
+    for routing in ROUTINGS:
+        prepare_mixture(Blend(routing, {}), mixed, linears, out / routing, max_rank=256)
     prepare_lora(adapter, linears, out / "adapter", max_rank=256)
     return {
+        **{routing: (routing, str(out / routing)) for routing in ROUTINGS},
         "mixture": ("xlora", str(out / "mixture")),
         "single": ("xlora", str(out / "single")),
         "adapter": ("lora", str(out / "adapter")),
@@ -52,8 +60,8 @@ def prepared(bundle: Path, adapter: Path, model: Path, out: Path) -> Adapters:
 
 
 def as_before(adapters: Adapters, out: Path) -> Adapters:
-    """The same for a version that does not know of routing in one pass."""
-    found = {name: given for name, given in adapters.items() if name != "single"}
+    """The same for a version that knows neither of routing in one pass nor of other kinds."""
+    found = {name: given for name, given in adapters.items() if name not in ("single", *ROUTINGS)}
     kind, folder = found["mixture"]
     shutil.copytree(folder, out)
     description = json.loads((out / "xlora.json").read_text())
@@ -184,6 +192,7 @@ def cases_of(scenario: Scenario) -> dict[str, Case]:
         "base beside 1": Case({"base": total - 1, "mixture": 1}, base),
         "base beside 4": Case({"base": total - 4, "mixture": 4}, base),
         "single": Case({"single": total}, {"adapter": total}),
+        **{routing: Case({routing: total}, {"adapter": total}) for routing in ROUTINGS},
     }
     if scenario.single_stream:
         cases["adapter, 1 session"] = Case({"adapter": 1}, {"base": 1})
@@ -225,7 +234,7 @@ def table(title: str, found: Found, cases: dict[str, Case], rounds: int) -> dict
 def engines_of(which: str, model: Path, arguments: argparse.Namespace, work: Path) -> list[Engine]:
     """The engines that take turns, loading."""
     scenario = SCENARIOS[which]
-    engine = {"max_num_seqs": 64, "max_model_len": 1024, "max_adapters": 4} | scenario.engine
+    engine = {"max_num_seqs": 64, "max_model_len": 1024, "max_adapters": 6} | scenario.engine
     vocabulary = (scenario.shape or {"vocab_size": 4000})["vocab_size"]
     options = {"model": str(model), "xlora": True, "rank": EXPERTS * RANK, "vocabulary": vocabulary, "engine": engine}
     here = ROOT / "deployments"
@@ -259,6 +268,7 @@ def main() -> None:
     )
     parser.add_argument("--before", type=Path, help="the package's folder in another version's tree")
     parser.add_argument("--kernels", type=Path, help="on a GPU: a folder of `xloom tune --out`, for an engine more")
+    parser.add_argument("--sessions", type=int, help="requests at once (default: the scenario's)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each case (%(default)s)")
     parser.add_argument("--only", choices=[*SCENARIOS], help="one of them (default: those for CPU)")
     parser.add_argument("--case", action="append", metavar="NAME", help="this case alone; may be repeated")
@@ -268,9 +278,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for which in [arguments.only] if arguments.only else ["large", "sample"]:
-            scenario = SCENARIOS[which]
+            scenario = replace(SCENARIOS[which], sessions=arguments.sessions or SCENARIOS[which].sessions)
             (work / which).mkdir()
-            model, bundle, adapter = SAMPLE / "base", SAMPLE / "blend", SAMPLE / "adapters" / "code"
+            model, bundle, rank = SAMPLE / "base", SAMPLE / "blend", RANK
+            mixed = {folder.name: folder for folder in sorted((SAMPLE / "adapters").iterdir())}
             if scenario.shape:
                 model = write_model(work / "model", scenario.shape)
             engines = engines_of(which, model, arguments, work)
@@ -278,11 +289,14 @@ def main() -> None:
             cases = {name: case for name, case in every.items() if name in (arguments.case or every)}
             raw[which] = found = {}
             try:
+                linears = {name: size for name, size in linear_modules(str(model)).items() if name != "lm_head"}
                 if scenario.shape:
-                    linears = {name: size for name, size in linear_modules(str(model)).items() if name != "lm_head"}
                     bundle = write_bundle(work / "bundle", linears, scenario.shape["hidden_size"])
-                    adapter = write_adapter(work / "one", linears, EXPERTS * RANK)
-                make_ready(engines, prepared(bundle, adapter, model, work / which), work / which / "before")
+                    mixed = {f"adapter{number}": bundle / str(number) for number in range(EXPERTS)}
+                else:
+                    rank = json.loads((mixed["code"] / "adapter_config.json").read_text())["r"]
+                adapter = write_adapter(work / f"one-{which}", linears, len(mixed) * rank)
+                make_ready(engines, prepared(bundle, mixed, adapter, model, work / which), work / which / "before")
                 for turn in track(range(-1, arguments.rounds), which, console=console):
                     measure(engines, cases, turn, scenario, found)
                     if arguments.json:

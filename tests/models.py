@@ -316,11 +316,16 @@ def peft_lora(model_folder: Path, adapter_folder: Path) -> PeftModel:
 
 
 def peft_arrow(
-    model_folder: Path, adapter_folders: Sequence[Path], top_k: int, temperature: float = 1.0
+    model_folder: Path,
+    adapter_folders: Sequence[Path],
+    top_k: int,
+    temperature: float = 1.0,
+    general: Sequence[Path] = (),
 ) -> torch.nn.Module:
-    """PEFT's own Arrow over adapters of one rank and the same targets, in float32."""
-    config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
-    model = create_arrow_model(load_model(model_folder), list(map(str, adapter_folders)), config)
+    """PEFT's own Arrow over adapters of one rank and the same targets, in float32; `general` ones are subtracted."""
+    config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0, use_gks=bool(general))
+    folders, others = list(map(str, adapter_folders)), list(map(str, general))
+    model = create_arrow_model(load_model(model_folder), folders, config, others or None)
     assert isinstance(model, PeftModel)
     model.eval()
     return model

@@ -57,15 +57,18 @@ class Block:
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def blocks(page: str) -> list[Block]:
-    """All of a page."""
+def blocks(page: str, heading: str | None = None) -> list[Block]:
+    """All of a page in `docs`, or of its section under a heading of the second level."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return [Block(page, text.count("\n", 0, found.start(1)) + 1, found[1]) for found in FENCE.finditer(text)]
+    start = 0 if heading is None else text.index(f"{heading}\n")
+    end = text.find("\n## ", start) if heading is not None else -1
+    found = FENCE.finditer(text, start, len(text) if end < 0 else end)
+    return [Block(page, text.count("\n", 0, each.start(1)) + 1, each[1]) for each in found]
 
 
-def to_run(page: str) -> list[Block]:
+def to_run(page: str, heading: str | None = None) -> list[Block]:
     """Those that are run, in order."""
-    return [block for block in blocks(page) if block.reason is None]
+    return [block for block in blocks(page, heading) if block.reason is None]
 
 
 class Reader:

@@ -128,7 +128,11 @@ def own_rules(settings: Settings) -> SourceRules:
 def run_time_rules(settings: Settings) -> SourceRules:
     """Which sources may be added at run time: those of `store.sources`, and what the settings name themselves."""
     named = [entry.location for entry in (*settings.adapters, *settings.xlora)]
-    named += [source for mixture in settings.mixtures for source in settings.adapters_of(mixture).values()]
+    named += [
+        source
+        for mixture in settings.mixtures
+        for source in settings.sources_of([*mixture.adapters, *mixture.subtract]).values()
+    ]
     return replace(own_rules(settings), allowed=(*settings.store.sources, *named))
 
 

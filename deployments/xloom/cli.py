@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from xloom.commands import check, dashboards, quantize, tune
+from xloom.commands import check, compose, dashboards, mix, quantize, tune
 from xloom.commands.adapters import add_adapter, list_adapters, remove_adapter
 from xloom.commands.build import write_config
 from xloom.commands.doctor import diagnose, diagnose_cluster, show_isq
@@ -46,17 +46,19 @@ def positive(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = mix.CommandParser(
         prog="xloom",
-        description="Serve one model with many LoRA adapters and their X-LoRA mixture.",
+        description="Serve one model with many LoRA adapters and their mixtures.",
         epilog="example: xloom serve",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_status(commands)
     _add_adapters(commands)
+    mix.add_parser(commands, _endpoint_options, _endpoint)
     _add_chat(commands)
     _add_generate(commands)
+    compose.add_parser(commands)
     quantize.add_parser(commands)
     tune.add_parser(commands)
     dashboards.add_parser(commands)

@@ -236,9 +236,15 @@ def _greet(settings: Settings, entries: tuple[Entry, ...], port: int) -> None:
     header = ' \\\n  -H "Authorization: Bearer $XLOOM_API_KEY"' if key else ""
     client_key = 'os.environ["XLOOM_API_KEY"]' if key else '"none"'
     out = Console()
-    out.print(f"\nServing [bold]{', '.join(names)}[/bold] at [bold]{url}/v1[/bold]. Ctrl-C ends it.\n", highlight=False)
+    out.print(
+        f"\nServing [bold]{', '.join(names)}[/bold] at [bold]{url}/v1[/bold]. Ctrl-C ends it.\n",
+        highlight=False,
+        soft_wrap=True,
+    )
     if settings.router.console:
-        out.print(f"To try them and see what mixtures do: [bold]{url}/console[/bold]\n", highlight=False)
+        out.print(
+            f"To try them and see what mixtures do: [bold]{url}/console[/bold]\n", highlight=False, soft_wrap=True
+        )
     out.print(
         f"curl {url}/v1/chat/completions{header} \\\n  -H 'Content-Type: application/json' \\\n"
         f'  -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 64}}\'\n',

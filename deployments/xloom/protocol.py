@@ -110,7 +110,13 @@ class Blend(msgspec.Struct, frozen=True, omit_defaults=True):
     weights: dict[str, float] = {}  # of fixed; empty: alike, and together 1
     top_k: int | None = None  # of arrow; None: all
     temperature: float | None = None  # of arrow; None: 1
-    generations: dict[str, str] = {}  # of the adapters that are the store's own, by name: read there, not at the source
+    subtract: dict[str, str] = {}  # of arrow: adapters whose mean is taken from each of those mixed; name -> source
+    generations: dict[str, str] = {}  # of adapters that are the store's own, by name: read there, not at the source
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Name -> source of all adapters that are read."""
+        return self.adapters | self.subtract
 
 
 class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -148,6 +148,7 @@ class MixtureSettings(_Section):
     weights: dict[str, float] = {}  # of fixed, by adapter; empty: alike, and together 1
     top_k: int | None = Field(None, ge=1)  # of arrow; None: all
     temperature: float | None = Field(None, gt=0)  # of arrow; None: 1
+    subtract: list[str] = []  # of arrow: adapters whose mean is taken from each of those mixed
     verify: bool = False  # a replica proves it before serving it: docs/check.md
 
 
@@ -242,7 +243,7 @@ class RequestMixtureSettings(_Section):
     """What is kept for requests that mix adapters by weights of their own."""
 
     most: int = Field(16, ge=1)  # sets of adapters
-    idle_s: float = Field(600, gt=0)  # until one that no request has used is taken out
+    idle_s: float = Field(600, ge=60)  # until one that no request has used is taken out
     wait_s: float = Field(60, gt=0)  # the first request for one waits so long
 
 
@@ -336,14 +337,16 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _mixtures_of_adapters(self) -> Settings:
         for mixture in self.mixtures:
-            named = self.adapters_of(mixture)
-            if len(named) < len(mixture.adapters):
+            named = self.sources_of(mixture.adapters)
+            if len(named) < len(mixture.adapters) or len(self.sources_of(mixture.subtract)) < len(mixture.subtract):
                 raise ValueError(f"mixtures: {mixture.name!r} names an adapter twice")
             arrow = mixture.routing == "arrow"
             if arrow and mixture.weights:
                 raise ValueError(f"mixtures: the weights of {mixture.name!r} are for routing: fixed")
             if not arrow and (mixture.top_k is not None or mixture.temperature is not None):
                 raise ValueError(f"mixtures: top_k and temperature of {mixture.name!r} are for routing: arrow")
+            if not arrow and mixture.subtract:
+                raise ValueError(f"mixtures: subtract of {mixture.name!r} is for routing: arrow")
             if odd := [name for name in mixture.weights if name not in named]:
                 raise ValueError(f"mixtures: {mixture.name!r} has a weight of {odd[0]!r}, which it does not mix")
             if mixture.top_k is not None and mixture.top_k > len(named):
@@ -357,15 +360,15 @@ class Settings(_Section):
         """The names of what is served beside the base model."""
         return [*(entry.name for entry in (*self.adapters, *self.xlora)), *(entry.name for entry in self.mixtures)]
 
-    def adapters_of(self, mixture: MixtureSettings) -> dict[str, str]:
-        """A mixture's adapters: their names in it, and where each is read from.
+    def sources_of(self, adapters: list[str]) -> dict[str, str]:
+        """Adapters of a mixture: their names in it, and where each is read from.
 
         What is no name under `adapters` is a source, and called by its last part.
         """
         known = {adapter.name: adapter.location for adapter in self.adapters}
         return {
             (each if each in known else each.rstrip("/").rpartition("/")[2].partition("@")[0]): known.get(each, each)
-            for each in mixture.adapters
+            for each in adapters
         }
 
     @property

@@ -166,12 +166,19 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         elif section in data:
             made[section] = resolve(data[section], *names)
     if isinstance(made.get("mixtures"), list):
-        made["mixtures"] = [
-            entry | {"adapters": [resolve({"source": each}, "source")["source"] for each in entry["adapters"]]}
-            if isinstance(entry, dict) and isinstance(entry.get("adapters"), list)
-            else entry
-            for entry in made["mixtures"]
-        ]
+        listed = data["adapters"] if isinstance(data.get("adapters"), list) else []
+        known = [each["name"] for each in listed if isinstance(each, dict) and isinstance(each.get("name"), str)]
+
+        def adapter(each: Any) -> Any:
+            return each if each in known else resolve({"source": each}, "source")["source"]
+
+        def mixture(entry: Any) -> Any:
+            if not isinstance(entry, dict):
+                return entry
+            lists = [key for key in ("adapters", "subtract") if isinstance(entry.get(key), list)]
+            return entry | {key: list(map(adapter, entry[key])) for key in lists}
+
+        made["mixtures"] = list(map(mixture, made["mixtures"]))
     store = made.get("store")
     if isinstance(store, dict) and isinstance(store.get("sources"), list):
         prefixes = [resolve({"source": prefix}, "source")["source"] for prefix in store["sources"]]

@@ -19,7 +19,7 @@ class Stages(AbstractContextManager["Stages"]):
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
         self._live = console.status("") if console.is_terminal else None
-        self._name = ""
+        self._name = self._note = ""
         self._began = self._said = 0.0
         self._over = threading.Event()
 
@@ -46,21 +46,23 @@ class Stages(AbstractContextManager["Stages"]):
     def begin(self, name: str) -> None:
         """The stage before is over; this one begins."""
         self._finish()
-        self._name, self._began = name, self._clock()
+        self._name, self._note, self._began = name, "", self._clock()
         self._said = self._began
         self._show()
 
-    def still(self) -> None:
-        """The stage goes on: call it as often as you like."""
+    def still(self, note: str = "") -> None:
+        """The stage goes on, and how far it is: call it as often as you like."""
+        self._note = note or self._note
         self._show()
 
     def _show(self) -> None:
         seconds = self._clock() - self._began
+        note = f", {self._note}" if self._note else ""
         if self._live is not None:
-            self._live.update(f"{self._name} ({seconds:.0f} s)" if seconds >= 1 else self._name)
+            self._live.update(f"{self._name}{note} ({seconds:.0f} s)" if seconds >= 1 else f"{self._name}{note}")
         elif self._name and self._clock() - self._said >= STILL_S:
             self._said = self._clock()
-            self._print(f"{self._name}: {seconds:.0f} s so far")
+            self._print(f"{self._name}: {seconds:.0f} s so far{note}")
 
     def _finish(self, how: str = "") -> None:
         if self._name and self._live is None:

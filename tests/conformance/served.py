@@ -15,7 +15,7 @@ from xloom.engines import registry
 from xloom.engines.base import LLMBackend
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle, prepare_lora
-from xloom.protocol import AdapterRef, TokenRequest
+from xloom.protocol import AdapterRef, Gates, TokenRequest
 from xloom.settings import EngineSettings, ModelSettings
 
 from ..models import HIDDEN
@@ -45,6 +45,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)  # per token: candidate -> log-probability
     steps: list[int] = field(default_factory=list)  # the numbers of the steps that brought tokens
+    gates: list[Gates] = field(default_factory=list)  # a chunk each
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -88,6 +89,8 @@ class Served:
                 answer.tokens += chunk.token_ids
                 if chunk.token_ids:
                     answer.steps.append(self._steps)
+                if chunk.gates is not None:
+                    answer.gates.append(chunk.gates)
                 if chunk.logprobs is not None:
                     rows = zip(chunk.logprobs.token_ids, chunk.logprobs.logprobs, strict=True)
                     answer.logprobs += [dict(zip(ids, values, strict=True)) for ids, values in rows]
@@ -110,7 +113,12 @@ class Served:
         return ref
 
     def start(
-        self, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any
+        self,
+        prompt: Sequence[int],
+        adapter: AdapterRef | None = None,
+        *,
+        layer_gates: bool = False,
+        **sampling: Any,
     ) -> tuple[str, Future[Answer]]:
         """Submit one request; greedy, to its full length, unless `sampling` says otherwise. Its id and its answer."""
         self._count += 1
@@ -119,7 +127,8 @@ class Served:
         future: Future[Answer] = Future()
         self.answers[request_id], self._waiting[request_id] = Answer(), future
         try:
-            self.call(self.backend.submit(TokenRequest(request_id, list(prompt), options, adapter)))
+            request = TokenRequest(request_id, list(prompt), options, adapter, layer_gates=layer_gates)
+            self.call(self.backend.submit(request))
         except BaseException:
             del self.answers[request_id], self._waiting[request_id]
             raise

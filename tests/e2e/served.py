@@ -46,7 +46,13 @@ class Served:
     """One running deployment. `settings` are the file's contents; the stores' folders and keys are added."""
 
     def __init__(
-        self, folder: Path, settings: dict[str, Any] | None, *, port: int | None = None, **environment: str
+        self,
+        folder: Path,
+        settings: dict[str, Any] | None,
+        *,
+        port: int | None = None,
+        cwd: Path | None = None,
+        **environment: str,
     ) -> None:
         self._connect(free_port() if port is None else port)
         self._run = uuid.uuid4().hex
@@ -69,6 +75,7 @@ class Served:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
+                cwd=cwd,
                 start_new_session=True,
             )
 

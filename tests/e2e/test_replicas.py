@@ -158,23 +158,22 @@ def test_streams_of_a_lost_replica_go_on_unbroken(
         scale_up(server)
     received = dict.fromkeys(range(STREAMS), 0)
     silences = dict.fromkeys(range(STREAMS), 0.0)  # each stream's longest, in seconds
+    asked: Any = {"prompt": PROMPT, "max_tokens": LONG, "temperature": 0}
+    asked["extra_body"] = TOKENS | {"return_mixture": "tokens"}
+    undisturbed = (server.openai.completions.create(model="blend", **asked).choices[0].model_extra or {})["mixture"]
+    told: dict[int, dict[str, Any]] = {}
 
     def stream(number: int) -> tuple[list[int], str | None]:
         tokens: list[int] = []
         finish = None
-        with server.openai.completions.create(
-            model=KINDS[number % len(KINDS)],
-            prompt=PROMPT,
-            max_tokens=LONG,
-            temperature=0,
-            stream=True,
-            extra_body=TOKENS,
-        ) as chunks:
+        with server.openai.completions.create(model=KINDS[number % len(KINDS)], stream=True, **asked) as chunks:
             last = time.monotonic()
             for chunk in chunks:
                 for choice in chunk.choices:
                     tokens += (choice.model_extra or {}).get("token_ids") or []
                     finish = choice.finish_reason or finish
+                    if "mixture" in (choice.model_extra or {}):
+                        told[number] = (choice.model_extra or {})["mixture"]
                 received[number] = len(tokens)
                 now = time.monotonic()
                 silences[number], last = max(silences[number], now - last), now
@@ -194,6 +193,12 @@ def test_streams_of_a_lost_replica_go_on_unbroken(
     assert 0 < min(at_strike) <= max(at_strike) < LONG
     assert answers == [(expected[KINDS[number % len(KINDS)]], "length") for number in range(STREAMS)]
     assert max(silences.values()) < silence_s
+    assert {KINDS[number % len(KINDS)] for number in told} == {"blend", "single"}
+    for number, mixture in told.items():  # of tokens that either replica gave
+        assert mixture["tokens"] == len(mixture["token_gates"]) == LONG
+        if KINDS[number % len(KINDS)] == "blend":
+            pairs = zip(mixture["token_gates"], undisturbed["token_gates"], strict=True)
+            assert all(gates == pytest.approx(expected, abs=1e-3) for gates, expected in pairs)
     wait_until(lambda: victim["id"] not in {each["id"] for each in server.status()["replicas"]}, 60, "it is given up")
 
 

@@ -80,7 +80,7 @@ from xloom.mixtures.prepare_mixture import prepare_mixture
 from xloom.mixtures.reference import OnePassReference, Reference
 from xloom.mixtures.routing.fixed import FixedRouting
 from xloom.protocol import Blend, Overrides
-from xloom.vllm.plugin import ASYNC_SCHEDULER, GATES, SCHEDULER, WORKER_EXTENSION, activate
+from xloom.vllm.plugin import ASYNC_SCHEDULER, GATES, INPUT_GATES, SCHEDULER, WORKER_EXTENSION, activate
 from xloom.vllm.plugin.pairs import PROMPT_ARG, with_weights
 
 activate()
@@ -182,7 +182,7 @@ class Served:
             str(model),
             scheduler_cls=ASYNC_SCHEDULER if OPTIONS.asynchronous else SCHEDULER,
             worker_extension_cls=WORKER_EXTENSION,
-            additional_config={"xloom": {"max_num_seqs": OPTIONS.seqs}},
+            additional_config={"xloom": {"max_num_seqs": OPTIONS.seqs, INPUT_GATES: True}},
             async_scheduling=OPTIONS.asynchronous,
             dtype=OPTIONS.dtype,
             max_model_len=128,
@@ -233,8 +233,8 @@ class Asked:
 
 def ask(served: Served, draw: random.Random, heads: list[list[int]], dialogues: list[tuple[str, list[int]]]) -> Asked:
     """One random request; some go on with a dialogue, whose answer then is prompt."""
-    kinds = ["base", "blend0", "blend0", "blend1", "adapter", "one", "one", "lagged", "arrow", "heavy", "light"]
-    kind = draw.choice(kinds)
+    pairs = ["blend0", "blend0", "blend0", "blend1", "blend1"]  # enough that they are preempted
+    kind = draw.choice(["base", "adapter", "one", "one", "lagged", "arrow", "heavy", "light", *pairs])
     head = draw.choice([*heads, [], [], []])
     prompt = head[: draw.choice([33, 64, 70])] + [draw.randrange(5, 250) for _ in range(draw.randrange(1, 24))]
     if dialogues and draw.random() < 0.3:
@@ -341,11 +341,12 @@ def main() -> None:
             want = want[: ends[0] + 1] if ends else want
             if got != want:
                 wrong.append([name, it.kind, len(it.prompt), it.answered, got, want])
-            # In half precision top-k may choose another where two are nearly alike.
+            # In half precision top-k may choose another where two are nearly alike; gates made of what gates made
+            # carry rounding on.
             exact = OPTIONS.dtype == "float32"
             if exact or it.kind not in ("blend0", "one"):
                 error = gates_off(served, it, got, told.get(name, []))
-                if error > (1e-3 if exact else 0.05):
+                if error > (0.05 if not exact else 0.01 if it.kind in ("one", "lagged") else 1e-3):
                     off.append([name, it.kind, len(it.prompt), it.answered, error])
         scheduler, runner = served.scheduler, served.runner
         pool = scheduler.kv_cache_manager.block_pool

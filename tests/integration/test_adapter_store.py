@@ -297,3 +297,49 @@ async def test_an_engine_that_refuses_an_adapter_ends_the_wait(
         await waiting
     assert caught.value.code == told
     assert "out of memory" in caught.value.message
+
+
+async def test_what_requests_mix_is_made_once_and_gives_way_when_it_is_idle(
+    store: StoreClient, sources: dict[str, Path]
+) -> None:
+    entries = {name: await store.add(name, str(sources[name])) for name in ("code", "docs")}
+    parts = {name: entry.generation for name, entry in entries.items()}
+    both, again = await asyncio.gather(*(store.gather(each, 64, 1) for each in (parts, dict(reversed(parts.items())))))
+    assert both == again
+    assert (both.adapters, both.rank) == (("code", "docs"), 8)
+    assert generation_of(await store.fetch(both.generation)) == both.generation
+    assert await store.entries() == tuple(entries.values())
+
+    with pytest.raises(XloomError) as busy:  # in use just now, and one is the most
+        await store.gather({"code": parts["code"]}, 64, 1)
+    assert busy.value.code == "mixtures_busy"
+    await store.keep([], 600)
+    assert both.name in (await store.desired(-1, 0)).of_requests
+    await store.keep([], -1)
+    assert not (await store.desired(-1, 0)).of_requests
+    with pytest.raises(XloomError) as wide:
+        await store.gather(parts, 4, 1)
+    assert wide.value.code == "rank_too_large"
+
+
+async def test_one_replica_that_holds_what_a_request_mixes_is_enough(
+    store: StoreClient, sources: dict[str, Path]
+) -> None:
+    entry = await store.add("code", str(sources["code"]))
+    mixed = await store.gather({"code": entry.generation}, 64, 4)
+    await store.report("a", "node", [])
+    await store.report("b", "node", [])
+    waiting = asyncio.ensure_future(store.await_held(mixed.name, mixed.generation, 30))
+    await store.report("a", "node", [mixed.key])
+    await waiting
+    await store.report("a", "node", [], {mixed.key: Refusal("adapter_load_failed", "no room")})
+    with pytest.raises(XloomError, match="could not load code: no room"):
+        await store.await_held(mixed.name, mixed.generation, 30)
+    await store.report("a", "node", [])
+    with pytest.raises(XloomError) as late:
+        await store.await_held(mixed.name, mixed.generation, 0.1)
+    assert late.value.code == "adapter_not_resident"
+    await store.remove("code")
+    with pytest.raises(XloomError) as gone:
+        await store.await_held(mixed.name, mixed.generation, 30)
+    assert gone.value.code == "adapter_superseded"

@@ -26,6 +26,7 @@ from ..models import (
     tiny_bundle,
     tiny_model,
 )
+from .composing import composed
 from .harness import Answer, Engine
 
 PROMPT = list(range(40, 75))
@@ -159,7 +160,7 @@ EQUAL: tuple[dict[str, Any], ...] = tuple(  # as PEFT's Arrow wants them
 def adapters(folder: Path, model: Path, specs: Sequence[dict[str, Any]]) -> dict[str, Path]:
     return {
         name: tiny_adapter(folder / name, model, seed=20 + number, **spec)
-        for number, (name, spec) in enumerate(zip(("code", "docs", "maths"), specs, strict=True))
+        for number, (name, spec) in enumerate(zip(("code", "docs", "maths"), specs, strict=False))
     }
 
 
@@ -195,6 +196,27 @@ def test_each_kind_over_other_ranks_and_targets_equals_the_reference(served: tup
         ref = engine.mixture(name, routing, held, prepared, **({"top_k": 2} if routing == "arrow" else {}))
     answer = engine.generate(PROMPT, ref, max_tokens=NEW_TOKENS, logprobs=CANDIDATES)
     assert_reference(engine, answer, prepared)
+
+
+@pytest.mark.parametrize("routing", ["linear", "xlora"])
+def test_what_compose_wrote_is_served_as_it_was_trained(served: tuple[Engine, Path], routing: str) -> None:
+    engine, folder = served
+    name = f"composed-{routing}"
+    specs = (ADAPTERS[0], ADAPTERS[0] | {"rank": 4, "rslora": True})
+    held, prepared = adapters(folder / name, engine.model, specs), folder / f"{name}-prepared"
+    written = composed(engine.model, held, routing, folder / name)
+    ref = (engine.linear if routing == "linear" else engine.bundle)(name, written, prepared)
+    answer = engine.generate(PROMPT, ref, max_tokens=NEW_TOKENS, logprobs=CANDIDATES)
+    if routing == "linear":
+        assert_reference(engine, answer, prepared)
+    else:
+        oracle = peft_xlora(engine.model, written)
+        tokens = peft_greedy(oracle, PROMPT, NEW_TOKENS)
+        assert_same(answer, tokens, peft_logits(oracle, PROMPT + tokens)[len(PROMPT) - 1 : -1])
+    even = engine.mixture(f"{name}-even", "fixed", held, folder / f"{name}-even")
+    best = answer.tokens[0]
+    without = engine.generate(PROMPT, even, max_tokens=1, logprobs=CANDIDATES).scores[0]
+    assert abs(answer.scores[0][best] - without.get(best, 0.0)) > 0.01  # the router matters
 
 
 @pytest.fixture(scope="module")

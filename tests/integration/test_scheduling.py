@@ -59,7 +59,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine = Engine(
         tiny_model(tmp_path_factory.mktemp("tight") / "model", "llama"),
         max_model_len=256,  # a pair of that length takes 17 pages
-        max_num_seqs=REQUESTS,
+        max_num_seqs=2 * REQUESTS,
         max_adapters=12,
         paged_attention={"block_size": 32, "max_blocks": 24},  # 768 tokens for 16 requests of up to 203
         extra_args={"max_num_batched_tokens": 64, "enable_chunked_prefill": True},
@@ -115,8 +115,15 @@ def reference_gates(model: Any, kind: str, prepared: Path, prompt: list[int], to
     return OnePassReference.load(model, prepared, WEIGHTS if kind == "weights" else None).gates_of(ids)
 
 
-def test_gates_told_are_the_references_under_the_same_stress(tight: Engine, tmp_path: Path) -> None:
-    mixtures, model = mixtures_of(tight, tmp_path), load_model(tight.model)
+@pytest.fixture(scope="module")
+def mixtures(tight: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[AdapterRef, Path]]:
+    return mixtures_of(tight, tmp_path_factory.mktemp("mixtures"))
+
+
+def test_gates_told_are_the_references_under_the_same_stress(
+    tight: Engine, mixtures: dict[str, tuple[AdapterRef, Path]]
+) -> None:
+    model = load_model(tight.model)
     before = tight.backend.stats().preemptions
 
     def start(kind: str, prompt: list[int], layers: bool) -> Future[Answer]:
@@ -138,6 +145,37 @@ def test_gates_told_are_the_references_under_the_same_stress(tight: Engine, tmp_
     for kind in ("xlora", "arrow", "fixed"):  # one after another, with what is left in the prefix cache
         cached = [check(kind, prompts()[1], False, start(kind, prompts()[1], False).result(300)) for _ in range(2)]
         assert cached[1] >= 64
+
+
+def test_requests_of_all_kinds_and_weights_side_by_side_are_answered_as_alone(
+    tight: Engine, mixtures: dict[str, tuple[AdapterRef, Path]], tmp_path: Path
+) -> None:
+    """Twelve weights over three prompts: requests that differ in weights alone would share pages, if they could."""
+    adapter = tiny_adapter(tmp_path / "adapter", tight.model, seed=9, **ADAPTERS[0])
+    plain = tight.adapter("beside", adapter, tmp_path / "prepared")
+    one_row = [None, plain, mixtures["arrow"][0], mixtures["linear"][0], mixtures["xlora"][0]]
+    asked: list[tuple[list[int], AdapterRef | None, dict[str, float] | None]] = [
+        (prompt, one_row[number % len(one_row)], None) for number, prompt in enumerate([*prompts(), *prompts()[:4]])
+    ]
+    for number in range(12):
+        weights = {"code": number / 4 - 1, "docs": 1.5 - number / 6, "maths": number % 3 / 2}
+        asked.append((prompts()[9 + 2 * (number % 3)], mixtures["fixed"][0], weights))
+
+    def start(prompt: list[int], kind: AdapterRef | None, weights: dict[str, float] | None) -> Future[Answer]:
+        return tight.start(prompt, kind, weights=weights, max_tokens=24)
+
+    alone = [start(*each).result(300).tokens for each in asked]
+    before = tight.backend.stats().preemptions
+    together = [future.result(300).tokens for future in [start(*each) for each in asked]]
+
+    assert together == alone
+    assert len(asked) == 32
+    assert tight.backend.stats().preemptions > before
+    assert len({tuple(tokens) for tokens in alone[-12:]}) > 8  # weights do change the answer
+    for number, (prompt, kind, weights) in enumerate(asked[-12:]):
+        reference = OnePassReference.load(load_model(tight.model), mixtures["fixed"][1], weights)
+        assert kind == mixtures["fixed"][0]
+        assert reference.greedy(prompt, 24) == alone[number - 12]
 
 
 def assert_gates(answer: Answer, expected: torch.Tensor, asked: int, *, layers: bool) -> None:

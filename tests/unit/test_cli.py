@@ -209,6 +209,101 @@ def test_adapters_add_makes_a_local_folder_absolute(
     assert endpoint.calls[-1][2] == {"lora_name": "code", "lora_path": str((tmp_path / "code").resolve())}
 
 
+MIXED = {"name": "both", "routing": "arrow", "adapters": ["code", "docs"], "rank": 16, "generation": "0123"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--routing", "arrow", "code", "docs"], {"adapters": ["code", "docs"], "routing": "arrow"}),
+        (["code", "docs", "--top-k", "1"], {"adapters": ["code", "docs"], "routing": "arrow", "top_k": 1}),
+        (["code", "--temperature", "0.5", "docs"], {"adapters": ["code", "docs"], "temperature": 0.5}),
+        (["code", "docs", "--routing", "fixed", "--replace"], {"routing": "fixed", "replace": True}),
+        (["--weights", "code=0.7", "docs=-.3"], {"routing": "fixed", "weights": {"code": 0.7, "docs": -0.3}}),
+        (["docs", "maths", "--weights", "docs=1"], {"adapters": ["docs", "maths"], "weights": {"docs": 1.0}}),
+    ],
+)
+def test_mix_takes_adapters_before_between_and_after_its_options(
+    endpoint: FakeEndpoint, words: list[str], expected: dict[str, Any]
+) -> None:
+    endpoint.answers["POST", "/xloom/mixtures"] = (200, MIXED | {"routing": "fixed"})
+    assert main(["mix", "both", *words, "--url", endpoint.url, "--admin-key", "secret"]) == 0
+    method, path, body, authorization = endpoint.calls[-1]
+    assert (method, path, authorization) == ("POST", "/xloom/mixtures", "Bearer secret")
+    assert body == {"name": "both", "adapters": ["code", "docs"], "routing": "arrow"} | body | expected
+    assert len(body["adapters"]) == 2
+
+
+def test_mix_makes_a_local_folder_absolute_and_leaves_a_name_alone(
+    endpoint: FakeEndpoint, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint.answers["POST", "/xloom/mixtures"] = (200, MIXED | {"routing": "fixed"})
+    for name in ("code", "docs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["mix", "both", "code", "./docs", "hf://org/maths", "--url", endpoint.url]) == 0
+    assert endpoint.calls[-1][2]["adapters"] == ["code", str(tmp_path / "docs"), "hf://org/maths"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["code"], "two adapters or more"),
+        (["code", "docs", "--weights", "code"], "is not ADAPTER=WEIGHT"),
+        (["code", "docs", "--remove"], "a name alone"),
+    ],
+)
+def test_mix_says_what_is_wrong_with_its_words(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["mix", "both", *words])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def completion(**gates: float) -> dict[str, Any]:
+    return {"choices": [{"text": "", "mixture": {"name": "both", "routing": "arrow", "gates": gates}}]}
+
+
+@pytest.mark.parametrize(("gates", "near"), [({"code": 0.52, "docs": 0.48}, True), ({"code": 0.7, "docs": 0.3}, False)])
+def test_mix_says_so_where_gates_are_nearly_uniform(
+    endpoint: FakeEndpoint, gates: dict[str, float], near: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.answers["POST", "/xloom/mixtures"] = (200, MIXED)
+    endpoint.answers["POST", "/v1/completions"] = (200, completion(**gates))
+    words = ["mix", "both", "code", "docs", "--url", endpoint.url]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "Mixed code, docs as both: arrow, of rank 16." in shown
+    assert f"Mean gates over 4 prompts: code {gates['code']:.2f}" in shown
+    assert ("nearly the same at every prompt" in shown) is near
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == MIXED | {"gates": [gates] * 4, "near_uniform": near}
+
+
+@pytest.mark.parametrize("answer", [(200, {"choices": [{"text": ""}]}), (503, "no replica")])
+def test_mix_says_nothing_of_gates_that_are_not_told(
+    endpoint: FakeEndpoint, answer: tuple[int, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.answers["POST", "/xloom/mixtures"] = (200, MIXED)
+    endpoint.answers["POST", "/v1/completions"] = answer
+    assert main(["mix", "both", "code", "docs", "--url", endpoint.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == MIXED
+
+
+def test_mix_removes_mixtures_and_no_adapters(endpoint: FakeEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint.answers["GET", "/xloom/adapters"] = (
+        200,
+        {"adapters": [ADAPTER, ADAPTER | {"name": "m", "kind": "arrow"}]},
+    )
+    endpoint.answers["POST", "/v1/unload_lora_adapter"] = (200, "Success")
+    assert main(["mix", "--remove", "m", "--url", endpoint.url]) == 0
+    assert endpoint.calls[-1][2] == {"lora_name": "m"}
+    assert main(["mix", "code", "--remove", "--url", endpoint.url]) == 2
+    assert "[wrong_kind]" in capsys.readouterr().err
+    assert endpoint.calls[-1][0] == "GET"
+
+
 def test_the_admin_key_comes_from_the_environment(
     endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,6 +415,7 @@ def test_serve_shows_an_errors_code_and_cure(
         ["adapters", "list"],
         ["adapters", "add"],
         ["adapters", "remove"],
+        ["mix"],
         ["doctor"],
         ["check"],
     ],

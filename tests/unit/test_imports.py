@@ -21,6 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "storage": set(),
     "quantization": {"mixtures", "sample", "storage"},  # the sample's corpus is what it calibrates on
     "mixtures": set(),
+    "compose": {"engines", "mixtures", "quantization", "sample"},
     "engines": {"mixtures", "quantization"},
     "vllm": {"engines", "mixtures", "quantization"},
     "adapters": {"mixtures", "storage"},
@@ -29,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "replica": {"engines", "adapters", "verification", "wire"},
     "router": {"adapters", "mixtures", "wire"},
     "front_end": {"router", "vllm", "adapters"},
-    "sample": {"mixtures", "quantization"},
+    "sample": {"compose", "mixtures", "quantization"},
 }
 
 

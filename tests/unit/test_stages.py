@@ -27,6 +27,22 @@ def test_each_stage_is_a_line_with_its_seconds() -> None:
     ]
 
 
+def test_a_stage_says_how_far_it_is() -> None:
+    now, file = [0.0], io.StringIO()
+    with Stages(Console(file=file), lambda: now[0]) as stages:
+        stages.begin("Training")
+        for seconds in (1, 16, 31):
+            now[0] = float(seconds)
+            stages.still(f"step {seconds} of [40]")
+        stages.begin("Writing")
+    assert file.getvalue().splitlines() == [
+        "Training: 16 s so far, step 16 of [40]",
+        "Training: 31 s so far, step 31 of [40]",
+        "Training: 31.0 s",
+        "Writing: 0.0 s",
+    ]
+
+
 def test_a_stage_that_fails_is_said_to_have_failed() -> None:
     file = io.StringIO()
 

@@ -196,7 +196,7 @@ class AdapterCatalog:
         copies = self._copies_of(blend.generations, scratch / "copies")
         folders, spoken = {}, ExitStack()
         with spoken:
-            for number, (name, source) in enumerate(blend.adapters.items()):
+            for number, (name, source) in enumerate(blend.sources.items()):
                 if name in copies:
                     folders[name] = copies[name]
                     continue

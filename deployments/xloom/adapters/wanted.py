@@ -22,7 +22,8 @@ class Wanted:
 
 def described(blend: Blend) -> str:
     """A blend's source, for people."""
-    return f"{blend.routing}: {', '.join(blend.adapters)}"
+    less = f", less {', '.join(blend.subtract)}" if blend.subtract else ""
+    return f"{blend.routing}: {', '.join(blend.adapters)}{less}"
 
 
 def wanted(settings: Settings) -> list[Wanted]:
@@ -32,7 +33,7 @@ def wanted(settings: Settings) -> list[Wanted]:
         # Listed there, a bundle is X-LoRA or a learned linear router: its folder says.
         found.append(Wanted(bundle.name, bundle.location, "xlora", Overrides.of(bundle), verify=bundle.verify))
     for mixture in settings.mixtures:
-        adapters = settings.adapters_of(mixture)
-        blend = Blend(mixture.routing, adapters, mixture.weights, mixture.top_k, mixture.temperature)
+        adapters, subtract = settings.sources_of(mixture.adapters), settings.sources_of(mixture.subtract)
+        blend = Blend(mixture.routing, adapters, mixture.weights, mixture.top_k, mixture.temperature, subtract)
         found.append(Wanted(mixture.name, described(blend), mixture.routing, blend=blend, verify=mixture.verify))
     return found

@@ -96,7 +96,7 @@ def chosen(settings: Settings, only: Sequence[str] | None) -> Settings:
             names = ", ".join(known) or "none"
             raise XloomError("model_not_found", f"The settings have no adapter or mixture {name!r}.", f"Known: {names}")
     mixtures = [entry for entry in settings.mixtures if entry.name in only]
-    mixed = {name for entry in mixtures for name in entry.adapters}
+    mixed = {name for entry in mixtures for name in (*entry.adapters, *entry.subtract)}
     # Ready for mixtures as the whole deployment is: with them left out it might be another engine.
     engine = settings.engine.model_copy(
         update={"enable_xlora": settings.xlora_enabled, "input_gates": settings.input_gates_enabled}

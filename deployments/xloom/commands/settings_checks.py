@@ -90,7 +90,7 @@ def check_adapters(settings: Settings) -> list[Finding]:
             Path(folder), base.source, settings.store.max_rank, [base.served_name], base_revision=base.revision
         )
         for entry in entries:
-            places = [entry.source] if entry.blend is None else entry.blend.adapters.values()
+            places = [entry.source] if entry.blend is None else entry.blend.sources.values()
             away = [place for place in places if not is_local(place)]
             if away:
                 found.append(Finding(f"adapter {entry.name}", "ok", f"not looked at: {away[0]} is not here"))

@@ -34,12 +34,17 @@ class GatedModule:
     constant: Tensor | None = None  # [K]: the gates of a mixture of constants, where a span has none
     router: InputRouting | None = None  # what makes the gates of x
 
-    def gate(self, x: Tensor, given: Tensor | None) -> Tensor:
-        """What multiplies A x for `x [..., num_rows, in]`; `given [num_rows, M, K]` are the span's gates."""
+    def gate(self, x: Tensor, given: Tensor | None, made: dict[int, Tensor] | None = None) -> Tensor:
+        """What multiplies A x for `x [..., num_rows, in]`; `given [num_rows, M, K]` are the span's gates.
+
+        Gates `[..., num_rows, K]` that are made of x join `made`, by the module's row.
+        """
         if self.columns is None:
             return _OPEN
         if self.router is not None:
             gates = self.router.gates(self.index, x)
+            if made is not None:
+                made[self.index] = gates
         elif given is not None:
             gates = given[:, self.index]
         elif self.constant is not None:
@@ -96,6 +101,7 @@ class Span:
     rows: slice
     adapter: Adapter
     gates: Tensor | None = None  # [num_rows, M, K]; None: all of them 1
+    made: dict[int, Tensor] | None = None  # takes the gates that are made of inputs, by module
 
 
 @contextmanager
@@ -121,7 +127,7 @@ def _hook(name: str, spans: Sequence[Span]) -> Any:
         for span in spans:
             module = span.adapter.modules[name]
             x = args[0][..., span.rows, :]
-            gate = module.gate(x, span.gates)
+            gate = module.gate(x, span.gates, span.made)
             result[..., span.rows, :] += gated_delta(x.to(module.a.dtype), module.a, module.b, gate).to(result.dtype)
         return result
 

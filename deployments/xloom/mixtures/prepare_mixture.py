@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from xloom.mixtures.base_weights import BaseWeights
+from xloom.mixtures.general_knowledge import without_general
 from xloom.mixtures.linear_router import load_linear_router
 from xloom.mixtures.lora import LoraWeights, read_lora
 from xloom.mixtures.options import ROUTER_FILE, XLORA_FILE
 from xloom.mixtures.overflow import check_range
-from xloom.mixtures.routing.arrow import ArrowRouting, prototype
+from xloom.mixtures.routing.arrow import ArrowRouting, prototypes
 from xloom.mixtures.routing.fixed import FixedRouting
 from xloom.mixtures.routing.inputs import with_absent
 from xloom.mixtures.routing.linear import LinearRouting
@@ -43,11 +43,17 @@ def prepare_mixture(
 ) -> Prepared:
     """Stack the adapters in `folders`, by name, and write them to `out` with the routing that `blend` says.
 
+    Those that `blend` subtracts are among the folders.
+
     Raises `XloomError`: invalid_mixture, invalid_weights, rank_too_large, and what reading an adapter raises.
     """
-    names = tuple(folders)
+    mixed = {name: folder for name, folder in folders.items() if name not in blend.subtract or name in blend.adapters}
+    names = tuple(mixed)
     _check_blend(blend, names)
-    adapters = [read_lora(folder, modules, base) for folder in folders.values()]
+    adapters = [read_lora(folder, modules, base) for folder in mixed.values()]
+    if blend.subtract:
+        general = {name: read_lora(folders[name], modules, base) for name in blend.subtract}
+        adapters = [without_general(name, each, general) for name, each in zip(names, adapters, strict=True)]
     stack = _stack(", ".join(names), names, adapters, modules, max_rank)
     if blend.routing == FixedRouting.kind:
         weights = checked_weights(blend.weights or dict.fromkeys(names, 1 / len(names)), names, "the mixture")
@@ -56,7 +62,7 @@ def prepare_mixture(
     else:
         _check_range(stack, 1.0)
         options = {"activation": "softmax", "top_k": blend.top_k, "temperature": blend.temperature or 1.0}
-        _write_routers(out, stack, _prototypes(stack, adapters))
+        _write_routers(out, stack, dict(zip(stack.modules, prototypes(stack, adapters), strict=True)))
         write_mixture(out, stack, options, ArrowRouting.kind)
     return Prepared.of(out, stack.rank, stack.tensors)
 
@@ -149,6 +155,8 @@ def _check_blend(blend: Blend, names: tuple[str, ...]) -> None:
     arrow = blend.routing == ArrowRouting.kind
     if arrow and blend.weights:
         raise _invalid("weights are for routing fixed")
+    if not arrow and blend.subtract:
+        raise _invalid("subtract is for routing arrow")
     if not arrow and (blend.top_k is not None or blend.temperature is not None):
         raise _invalid("top_k and temperature are for routing arrow")
     if blend.top_k is not None and not 1 <= blend.top_k <= len(names):
@@ -172,17 +180,6 @@ def _stack(
 def _check_range(stack: Stack, gate: float) -> None:
     matrices = {name: (a, b, 1.0) for name, (a, b) in stack.tensors.items()}
     check_range(Path("the mixture"), "broken_bundle", matrices, gate)
-
-
-def _prototypes(stack: Stack, adapters: list[LoraWeights]) -> Routers:
-    """R `[K, in]` of each module: the adapters' top right singular vectors, their scales left out; b is 0."""
-    found = {}
-    for name, segment in zip(stack.modules, stack.segments, strict=True):
-        weight = torch.zeros(len(adapters), stack.tensors[name][0].shape[1])
-        for adapter, _ in segment:
-            weight[adapter] = prototype(*adapters[adapter].tensors[name])
-        found[name] = (weight, torch.zeros(len(adapters)))
-    return found
 
 
 def _write_routers(out: Path, stack: Stack, routers: Routers) -> None:

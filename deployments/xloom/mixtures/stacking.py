@@ -20,6 +20,8 @@ from xloom.mixtures.options import FORMAT, XLORA_FILE
 from xloom.mixtures.targets import PREFIX
 from xloom.protocol import XloomError
 
+ANY_RANK = 1 << 20  # no limit
+
 Shapes = Mapping[str, tuple[int, int]]
 Tensors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -52,6 +54,24 @@ class Stack:
     def rank(self) -> int:
         """The largest sum of ranks over the modules."""
         return max(sum(rank for _, rank in segment) for segment in self.segments)
+
+    @property
+    def even(self) -> bool:
+        """Whether every adapter has every module."""
+        return all(len(segment) == len(self.names) for segment in self.segments)
+
+    def present(self, module: int) -> torch.Tensor:
+        """Which adapters have a module: `[K]`, bool."""
+        found = torch.zeros(len(self.names), dtype=torch.bool)
+        found[[adapter for adapter, _ in self.segments[module]]] = True
+        return found
+
+
+def stack_adapters(adapters: Mapping[str, LoraWeights], modules: Shapes) -> Stack:
+    """Stack adapters by name, of any ranks. Raises `XloomError` as `check_adapters` does."""
+    weights = list(adapters.values())
+    check_adapters(weights, modules, ANY_RANK)
+    return stacked("the mixture", list(adapters), weights, modules, max_rank=ANY_RANK)
 
 
 def check_adapters(adapters: Sequence[LoraWeights], modules: Shapes, max_rank: int) -> None:

@@ -29,7 +29,7 @@ FIELDS = (  # of a record without turns; those that are there are read one after
 Texts = list[list[str]]  # documents by domain
 
 
-def fingerprint(calibration: str) -> str:
+def fingerprint(calibration: str, setting: str = "isq.calibration") -> str:
     """What decides the texts: the file's content, the sample's recipe, or the dataset's name."""
     if calibration == SAMPLE:
         from xloom.sample import corpus
@@ -37,26 +37,29 @@ def fingerprint(calibration: str) -> str:
         assert corpus.__file__ is not None
         source = Path(corpus.__file__).read_bytes()  # with CPython, whose library it reads, this fixes the corpus
         return f"sample:{hashlib.sha256(source).hexdigest()}:{sys.version_info[:3]}"
-    file = _file(calibration)
+    file = _file(calibration, setting)
     if file is not None:
         return f"file:{hashlib.sha256(file.read_bytes()).hexdigest()}"
     return f"dataset:{calibration}"
 
 
-def documents(calibration: str, *, held_out: bool) -> Texts:
-    """The documents to calibrate on, or those kept from it. Raises `XloomError` (no_calibration)."""
+def documents(calibration: str, *, held_out: bool, setting: str = "isq.calibration") -> Texts:
+    """The documents to calibrate on, or those kept from it; `setting` is what an error calls the text.
+
+    Raises `XloomError` (no_calibration).
+    """
     if calibration == SAMPLE:
         from xloom.sample.corpus import DOMAINS
         from xloom.sample.corpus import documents as sample_documents
 
         found = [text for text in sample_documents() if text.held_out == held_out]
         return [[text.text for text in found if text.domain == domain] for domain in DOMAINS]
-    file = _file(calibration)
-    texts = list(_file_texts(file)) if file is not None else list(_dataset_texts(calibration))
+    file = _file(calibration, setting)
+    texts = list(_file_texts(file)) if file is not None else list(_dataset_texts(calibration, setting))
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise XloomError(
-            "no_calibration", f"isq.calibration {calibration!r} holds no text.", "Name a file with text, or sample."
+            "no_calibration", f"{setting} {calibration!r} holds no text.", "Name a file with text, or sample."
         )
     if len(texts) < 2 * SHARE:  # a few long ones: by piece instead
         joined = "\n\n".join(texts)
@@ -120,12 +123,12 @@ def is_local(calibration: str) -> bool:
     return calibration != SAMPLE and Path(calibration).suffix in TEXT_FILES
 
 
-def _file(calibration: str) -> Path | None:
+def _file(calibration: str, setting: str = "isq.calibration") -> Path | None:
     path = Path(calibration).expanduser()
     if path.suffix not in TEXT_FILES:
         return None
     if not path.is_file():
-        raise XloomError("no_calibration", f"There is no file {path}.", "Set isq.calibration to an existing file.")
+        raise XloomError("no_calibration", f"{setting} {path} is not there.", "Name an existing file.")
     return path
 
 
@@ -142,6 +145,10 @@ def _file_texts(file: Path) -> Iterator[str]:
             entries = json.loads(content)
             listed = entries if isinstance(entries, list) else [entries]
             records = [(f"entry {number}", entry) for number, entry in enumerate(listed, start=1)]
+    except UnicodeDecodeError as error:
+        message = f"{file} is not UTF-8 text (byte {error.start}: {error.reason})."
+        cure = f"Save it as UTF-8: iconv -f LATIN1 -t UTF-8 {file}, or UTF-16 in place of LATIN1."
+        raise XloomError("no_calibration", message, cure) from None
     except (OSError, ValueError, RecursionError) as error:
         told = error if str(error) else type(error).__name__
         raise XloomError("no_calibration", f"{file} can't be read: {told}", "Mend the file.") from None
@@ -196,7 +203,7 @@ def _no_text(entry: Any, place: str) -> XloomError:
     )
 
 
-def _dataset_texts(name: str) -> Iterator[str]:
+def _dataset_texts(name: str, setting: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError:
@@ -214,6 +221,6 @@ def _dataset_texts(name: str) -> Iterator[str]:
     except Exception as error:  # the hub's and the reader's errors have no common class
         raise XloomError(
             "no_calibration",
-            f"isq.calibration {name!r} is no {', '.join(TEXT_FILES)} file, nor a dataset that can be read: {error}",
+            f"{setting} {name!r} is no {', '.join(TEXT_FILES)} file, nor a dataset that can be read: {error}",
             "Name an existing file or dataset, or sample.",
         ) from None

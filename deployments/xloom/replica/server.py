@@ -209,6 +209,8 @@ class ReplicaServer:
             await self._hand_over(connection, request)
         elif self._release(request.request_id, "adapter_not_found") is not None:
             message = f"The adapter {adapter.name!r} is not on this replica."
+            if adapter.of_requests:
+                message = "Of the adapters that the request mixes one was replaced or removed meanwhile."
             cure = "GET /v1/models lists what is served."
             connection.fail(request.request_id, XloomError("adapter_not_found", message, cure, 404), retryable=True)
 

@@ -10,13 +10,17 @@ from xloom.adapters.manifest import Entry
 from xloom.protocol import Blend, XloomError, some_of
 
 
-def blend_of(options: Blend, adapters: Sequence[str], entries: Sequence[Entry]) -> Blend:
+def blend_of(options: Blend, adapters: Sequence[str], entries: Sequence[Entry], subtract: Sequence[str] = ()) -> Blend:
     """A blend with these options, of adapters that are served, as the store has them, and of sources, which it reads.
 
     Raises `XloomError`: invalid_mixture, adapter_not_found.
     """
-    sources, generations = _named(adapters, {entry.name: entry for entry in entries})
-    return msgspec.structs.replace(options, adapters=sources, generations=generations)
+    served = {entry.name: entry for entry in entries}
+    mixed, own = _named(adapters, served)
+    general, others = _named(subtract, served)
+    if odd := [name for name in general if general[name] != mixed.get(name, general[name])]:
+        raise _invalid(f"two of its adapters would be called {odd[0]!r}")
+    return msgspec.structs.replace(options, adapters=mixed, subtract=general, generations=own | others)
 
 
 def _named(wanted: Sequence[str], served: Mapping[str, Entry]) -> tuple[dict[str, str], dict[str, str]]:

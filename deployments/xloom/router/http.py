@@ -91,6 +91,7 @@ class MixAdapters(_Lenient):
     weights: dict[str, float] = {}  # of fixed, by adapter; empty: alike, and together 1
     top_k: Annotated[int, Field(ge=1)] | None = None  # of arrow
     temperature: Annotated[float, Field(gt=0)] | None = None  # of arrow
+    subtract: Annotated[list[str], Field(max_length=MOST_ADAPTERS)] = []  # of arrow: adapters whose mean is taken off
     replace: bool = False  # take the place of one of the same name
     verify: bool = False  # each replica proves it before serving it
 
@@ -133,9 +134,9 @@ class Control:
 
     async def mix(self, wanted: MixAdapters) -> Entry:
         """Take a mixture of adapters in and wait until every live replica holds it. Raises `XloomError`."""
-        _refuse_keys(wanted.name, *wanted.adapters)
+        _refuse_keys(wanted.name, *wanted.adapters, *wanted.subtract)
         options = Blend(wanted.routing, {}, wanted.weights, wanted.top_k, wanted.temperature)
-        blend = blend_of(options, wanted.adapters, self.manifest.entries)
+        blend = blend_of(options, wanted.adapters, self.manifest.entries, wanted.subtract)
         return await self._resident(
             self.store.add(
                 wanted.name,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from xloom.adapters.manifest import Entry
-from xloom.adapters.request_mixtures import request_mixture_name
+from xloom.adapters.request_mixtures import HOLD_S, request_mixture_name
 from xloom.deadline import limited
 from xloom.mixtures.weights import check_set, checked_weights
 from xloom.protocol import AdapterRef, XloomError
@@ -52,6 +52,7 @@ class RequestMixtures:
         self._max_rank, self._mixtures = max_rank, mixtures
         self._in_use: Counter[str] = Counter()
         self._lately: set[str] = set()  # used since the store was told
+        self._told: dict[str, float] = {}  # when the store was last told of one (monotonic)
         self._held: set[str] = set()  # keys of those that a replica has loaded
         self._task: asyncio.Task[None] | None = None
 
@@ -80,8 +81,9 @@ class RequestMixtures:
         began = time.monotonic()
         async with limited(wait_s, "The adapter store", f"putting {', '.join(sorted(parts))} together"):
             entry = self._manifest.entry(name)
-            if entry is None:
+            if entry is None or began - self._told.get(name, -HOLD_S) > HOLD_S / 2:  # else it may give way meanwhile
                 entry = await self._store.gather(parts, self._max_rank, self._limits.most)
+                self._told[name] = began
         if entry.key not in self._held:
             await self._store.await_held(name, entry.generation, max(1.0, wait_s - (time.monotonic() - began)))
             self._held.add(entry.key)
@@ -127,13 +129,16 @@ class RequestMixtures:
     async def _tell(self) -> None:
         while True:
             await asyncio.sleep(KEEP_S)
-            there = {entry.key for entry in self._manifest.of_requests}
-            self._held &= there
+            there = self._manifest.of_requests
+            self._held &= {entry.key for entry in there}
             used, self._lately = self._lately | set(self._in_use), set()
+            self._told = {name: at for name, at in self._told.items() if any(name == entry.name for entry in there)}
             if not there and not used:
                 continue
+            began = time.monotonic()
             try:
                 await self._store.keep(sorted(used), self._limits.idle_s)
+                self._told |= dict.fromkeys(used, began)
             except Exception as error:
                 self._lately |= used
                 logger.warning("the adapter store does not answer, serving goes on: %s", error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +15,21 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from xloom.compose import training
+from xloom.compose.bundle_writer import write_xlora
+from xloom.compose.learned import ClassifierRouter
+from xloom.compose.losses import language_loss
+from xloom.compose.mixture import Mixture
+from xloom.compose.optimiser import Optimiser
+from xloom.compose.text import Batches, Streams
+from xloom.mixtures.lora import read_lora
+from xloom.mixtures.modules import linear_modules
+from xloom.mixtures.stacking import stack_adapters
 from xloom.sample.corpus import ASSISTANT, BEGIN, DOMAINS, END, SPECIAL_TOKENS, SYSTEM, USER, Document, documents
 
 ADAPTER_RANKS = {"code": 16, "docs": 8, "json": 4, "maths": 8}
@@ -109,43 +117,15 @@ def batches(
         yield torch.stack(rows), domains
 
 
-def mixed_batches(
-    streams: dict[str, torch.Tensor], tokens: int, piece: int, pieces: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches `[tokens / (piece * pieces), piece * pieces]` of rows joined from pieces of random domains, and
-    each token's domain, of the same shape."""
-    flat = batches(streams, dict.fromkeys(DOMAINS, 1.0), tokens, piece, seed)
-    while True:
-        parts, domains = next(flat)
-        numbers = torch.tensor([DOMAINS.index(domain) for domain in domains]).repeat_interleave(piece)
-        yield parts.reshape(-1, piece * pieces), numbers.reshape(-1, piece * pieces)
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 4% of the steps, then a cosine down to a twentieth of the peak."""
-    warm = max(1, steps // 25)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
-
-
-class Trainer:
-    """AdamW over the trainable parameters of `model`, one call of `step` a batch."""
+class Trainer(Optimiser):
+    """An optimiser over the trainable parameters of `model`, with a bar."""
 
     def __init__(self, model: nn.Module, steps: int, peak: float, name: str) -> None:
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.05)
-        self.steps, self.peak, self.done = steps, peak, 0
+        super().__init__([parameter for parameter in model.parameters() if parameter.requires_grad], steps, peak)
         self.bar = tqdm(total=steps, desc=name, mininterval=20, ascii=True)
 
     def step(self, loss: torch.Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.done, self.steps, self.peak)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.done += 1
+        super().step(loss)
         self.bar.update(1)
         if self.done % 20 == 0:
             self.bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -229,48 +209,35 @@ def classifier_of(model: PeftModel) -> nn.Module:
 
 
 def train_xlora(streams: dict[str, torch.Tensor], base: Path, adapters: Path, out: Path, steps: int) -> None:
-    """Train the X-LoRA classifier on mixed text; the loss is the language model's, plus a small push of each token's
-    mean gate towards its domain (weight 0.05) so that routing stays readable."""
-    torch.manual_seed(30)
-    base_model = load_base(base)
-    base_model.config.use_cache = False
-    config = xlora_config(adapters, base_model.config.hidden_size)
-    model = get_peft_model(base_model, config)
-    classifier = classifier_of(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "internal_xlora_classifier" in name
-    gates: list[torch.Tensor] = []
-    classifier.register_forward_hook(lambda module, args, result: gates.append(result))
-    trainer = Trainer(model, steps, 5e-3, "x-lora")
-    rows_of = mixed_batches(streams, tokens=2048, piece=128, pieces=2, seed=40)
-    for _ in range(steps):
-        rows, domains = next(rows_of)
-        gates.clear()
-        loss = model(input_ids=rows, labels=rows).loss
-        mean_gate = gates[-1].mean(dim=2)  # [rows, tokens, adapters]
-        push = nn.functional.nll_loss(torch.log(mean_gate + 1e-9).flatten(0, 1), domains.flatten())
-        trainer.step(loss + 0.05 * push)
-    save_bundle(classifier, config, out)
+    """Train the X-LoRA classifier as `xloom compose` does, on rows joined from all domains.
 
-
-def save_bundle(classifier: nn.Module, config: XLoraConfig, out: Path) -> None:
-    """Write a PEFT X-LoRA directory whose adapters are the sample's own, by relative path.
-
-    PEFT 0.21's `save_pretrained` drops classifier tensors whose index equals an adapter's name, so the file is
-    written here.
+    The loss is the language model's, plus a small push of each token's mean gate towards its domain (weight 0.05) so
+    that routing stays readable. The bundle's adapters are the sample's own, by relative path.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    prefix = "base_model.internal_xlora_classifier."
-    weights = {prefix + name: tensor.detach().contiguous() for name, tensor in classifier.state_dict().items()}
-    save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    written = config.to_dict() | {
-        "base_model_name_or_path": "base",
-        "adapters": {str(number): f"../adapters/{domain}" for number, domain in enumerate(DOMAINS)},
-    }
-    text = json.dumps(written, indent=2, sort_keys=True, default=str) + "\n"
-    (out / "adapter_config.json").write_text(text)
-    if not load_file(out / "adapter_model.safetensors"):
-        raise RuntimeError("the X-LoRA classifier file came out empty")
+    torch.manual_seed(30)
+    modules = linear_modules(str(base))
+    stack = stack_adapters({domain: read_lora(adapters / domain, modules) for domain in DOMAINS}, modules)
+    mixture = Mixture(load_base(base), stack)
+    config = xlora_config(adapters, mixture.config.hidden_size)
+    router = ClassifierRouter(
+        stack,
+        config.hidden_size,
+        depth=config.xlora_depth,
+        size=config.xlora_size,
+        layerwise=config.layerwise_scalings,
+        temperature=config.softmax_temperature,
+    )
+    batches = Batches(Streams(streams, None), rows=8, length=256, piece=128, seed=40)
+    router.look(mixture, batches.draw(-1)[0])
+
+    def loss(step: int) -> torch.Tensor:
+        return language_loss(mixture, router, *batches.draw(step), share=0.05)
+
+    with tqdm(total=steps, desc="x-lora", mininterval=20, ascii=True) as bar:
+        training.train(
+            router, training.Training("x-lora", steps, 5e-3, loss), told=lambda told: bar.update(told.step - bar.n)
+        )
+    write_xlora(out, router, [f"../adapters/{domain}" for domain in DOMAINS], "base")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from xloom.mixtures.prepare_mixture import prepare_mixture
 from xloom.mixtures.reference import OnePassReference
 from xloom.protocol import Blend
 
-from ..served import TOKENS, Served
+from ..served import TOKENS, Served, wait_until
 from ..weights import Weights
 
 PROMPT = list(range(60, 101))  # more than a KV page
@@ -208,3 +208,15 @@ def test_weights_of_a_request_are_what_its_answer_tells(server: Served, model: s
     told = mixture_of(answer.choices[0])
     assert_shape(told, model, "fixed", 3)
     assert {name: gate for name, gate in told["gates"].items() if gate} == sent
+
+
+@pytest.mark.parametrize("route", ["chat", "completions"])
+def test_a_client_that_leaves_ends_its_answer(server: Served, route: str) -> None:
+    asked: dict[str, Any] = {"model": "arrow", "max_tokens": 6000, "stream": True, "extra_body": {"ignore_eos": True}}
+    if route == "chat":
+        stream: Any = server.openai.chat.completions.create(messages=MESSAGES, **asked)
+    else:
+        stream = server.openai.completions.create(prompt=PROMPT, **asked)
+    next(iter(stream))
+    stream.close()
+    wait_until(lambda: server.status()["router"]["in_flight"] == 0, 20, "nothing is in flight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from xloom.mixtures.prepare_mixture import prepare_mixture
 from xloom.mixtures.reference import OnePassReference
 from xloom.protocol import Blend
 
-from ..served import TOKENS, Served
+from ..served import ADMIN_KEY, TOKENS, Served
 from ..weights import Oracle, Weights
 
 PROMPT = tuple(range(43, 143))  # three pages, which all weights would share
@@ -105,14 +106,58 @@ def test_all_routes_take_weights_on_the_base_models_name(server: Served, route: 
     assert beta != asked("base")
 
 
+def test_the_command_line_mixes_replaces_and_removes(
+    server: Served, weights: Weights, prepared: Path, oracle: Oracle
+) -> None:
+    mixed = server.command("mix", "routed", "--routing", "arrow", "alpha", "beta", "--top-k", "1", "--json")
+    assert (mixed.returncode, mixed.stderr) == (0, "")
+    told = json.loads(mixed.stdout)
+    assert (told["name"], told["routing"], told["adapters"]) == ("routed", "arrow", ["alpha", "beta"])
+    assert server.greedy("routed", list(PROMPT), 12) == server.greedy("arrow", list(PROMPT), 12)
+    assert tokens(server, {"beta": 1}, "routed") == oracle("beta", PROMPT, 12)
+    card = next(card for card in server.openai.models.list() if card.id == "routed")
+    assert (card.model_extra or {})["adapters"] == ["alpha", "beta"]
+
+    taken = server.command("mix", "routed", "--weights", "alpha=0.5", "beta=-0.75")
+    assert taken.returncode == 2
+    assert "[adapter_exists]" in taken.stderr
+    replaced = server.command("mix", "routed", "--weights", "alpha=0.5", "beta=-0.75", "--replace")
+    assert (replaced.returncode, replaced.stderr) == (0, "")
+    assert "fixed" in replaced.stdout
+    expected = OnePassReference.load(load_model(weights.base), prepared, WEIGHTS).greedy(PROMPT, 12)
+    assert server.greedy("routed", list(PROMPT), 12) == expected
+
+    removed = server.command("mix", "--remove", "routed")
+    assert (removed.returncode, removed.stderr) == (0, "")
+    assert "routed" not in server.names()
+    with pytest.raises(openai.NotFoundError):
+        server.greedy("routed", list(PROMPT))
+
+
+def test_mixtures_are_changed_with_the_admin_key_alone(server: Served) -> None:
+    body = {"name": "both", "adapters": ["alpha", "beta"]}
+    assert server.http.post("/xloom/mixtures", json=body).json()["error"]["code"] == "admin_key_required"
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+
+    def refused(**changed: Any) -> str:
+        answer = server.http.post("/xloom/mixtures", json=body | changed, headers=headers)
+        assert answer.status_code in (400, 404), answer.text
+        code: str = answer.json()["error"]["code"]
+        return code
+
+    assert refused(adapters=["alpha", "poems"]) == "adapter_not_found"
+    assert refused(adapters=["alpha", "blend"]) == "invalid_mixture"
+    assert refused(adapters=["alpha"]) == "invalid_request"
+    assert refused(routing="fixed", weights={"poems": 1}) == "invalid_weights"
+    assert refused(top_k=3) == "invalid_mixture"
+
+
 def test_an_adapter_that_has_just_come_is_mixed_and_one_that_is_gone_is_not(
     server: Served, weights: Weights, tmp_path: Path
 ) -> None:
     adapter = tiny_adapter(tmp_path / "gamma", weights.base, seed=91, rank=40)
     assert server.load("gamma", adapter).status_code == 200
-    assert tokens(server, {"gamma": 1, "alpha": 0}, count=6) == peft_greedy(
-        peft_lora(weights.base, adapter), PROMPT, 6
-    )
+    assert tokens(server, {"gamma": 1, "alpha": 0}, count=6) == peft_greedy(peft_lora(weights.base, adapter), PROMPT, 6)
     other = tiny_adapter(tmp_path / "delta", weights.base, seed=92, rank=40)
     assert server.load("delta", other).status_code == 200
     with pytest.raises(openai.BadRequestError, match="add up to 80") as wide:

@@ -91,12 +91,16 @@ def test_the_settings_name_adapters_of_theirs_and_sources() -> None:
         "adapters": [{"name": "code", "source": "hf://org/the-code", "subfolder": "v2"}],
         "mixtures": [
             {"name": "both", "adapters": ["code", "hf://org/docs@main"], "top_k": 1, "temperature": 0.5},
+            {"name": "less", "adapters": ["code", "hf://org/docs"], "subtract": ["hf://org/general"]},
             {"name": "half", "routing": "fixed", "adapters": ["code", "hf://org/docs"], "weights": {"docs": 0.5}},
         ],
     }
-    _, both, half = wanted(parse_settings(data, with_keys=False))
+    _, both, less, half = wanted(parse_settings(data, with_keys=False))
     adapters = {"code": "hf://org/the-code/v2", "docs": "hf://org/docs@main"}
     assert both.blend == Blend("arrow", adapters, top_k=1, temperature=0.5)
+    assert less.source == "arrow: code, docs, less general"
+    assert less.blend is not None
+    assert less.blend.subtract == {"general": "hf://org/general"}
     assert (half.kind, half.blend and half.blend.weights) == ("fixed", {"docs": 0.5})
 
 
@@ -109,6 +113,7 @@ def test_the_settings_name_adapters_of_theirs_and_sources() -> None:
         ({"adapters": ["code", "docs"], "weights": {"code": 1}}, "routing: fixed"),
         ({"adapters": ["code", "docs"], "routing": "fixed", "top_k": 1}, "routing: arrow"),
         ({"adapters": ["code", "docs"], "routing": "fixed", "weights": {"poems": 1}}, "poems"),
+        ({"adapters": ["code", "docs"], "routing": "fixed", "subtract": ["general"]}, "subtract"),
         ({"adapters": ["code", "docs"], "routing": "xlora"}, "arrow"),
         ({"adapters": ["code", "docs"], "name": "base"}, "base model"),
     ],
@@ -129,3 +134,13 @@ def test_local_folders_of_a_mixture_are_taken_from_the_settings_own_folder(tmp_p
     data = {"mixtures": [{"name": "both", "adapters": ["./code", "hf://org/docs"]}]}
     settings = parse_settings(data, with_keys=False, folder=tmp_path)
     assert settings.mixtures[0].adapters == [str(tmp_path / "code"), "hf://org/docs"]
+
+
+def test_an_adapters_name_is_no_folder_that_happens_to_have_it(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    data = {
+        "adapters": [{"name": "code", "source": "hf://org/code-v2"}],
+        "mixtures": [{"name": "both", "adapters": ["code", "hf://org/docs"]}],
+    }
+    settings = parse_settings(data, with_keys=False, folder=tmp_path)
+    assert settings.mixtures[0].adapters == ["code", "hf://org/docs"]

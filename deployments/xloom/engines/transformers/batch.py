@@ -16,6 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache, DynamicCache
 
 from xloom.mixtures.hooks import Adapter, Span, adapted
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.routing.inputs import InputRouting
 from xloom.mixtures.tally import MixtureTally
 
 ATTENTION = "xloom_packed"
@@ -143,6 +145,7 @@ class BatchRunner:
         self._model = model
         self._batching = batching
         self.tally = MixtureTally(model.device)
+        self._gates: dict[int, Tensor] = {}  # [num_tokens, M, K] of each part of the last run
         self._modules: Mapping[str, nn.Module] = dict(model.named_modules())
         head = model.get_output_embeddings()
         self._head = next((name for name, module in self._modules.items() if module is head), "")
@@ -156,12 +159,17 @@ class BatchRunner:
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> list[Tensor]:
         """The logits of each part, `[1 or num_tokens, vocab]`; the parts' caches grow by their tokens."""
+        self._gates = {}
         if not self._batching:
             return [self._run([part])[0] for part in parts]
         keys = [(id(part.adapter), part.constant is None) for part in parts]
         order = sorted(range(len(parts)), key=keys.__getitem__)  # one span an adapter
         logits = dict(zip(order, self._run([parts[number] for number in order]), strict=True))
         return [logits[number] for number in range(len(parts))]
+
+    def gates(self, part: Part) -> Tensor | None:
+        """The gates `[num_tokens, M, K]` that a part of the last run had; None but of mixtures."""
+        return self._gates.get(id(part))
 
     def _run(self, parts: Sequence[Part]) -> list[Tensor]:
         routed = [part for part in parts if part.caches.scaling is not None]
@@ -176,10 +184,10 @@ class BatchRunner:
         for part in parts:
             if part.constant is not None:
                 gates[id(part)] = part.constant.expand(len(part.tokens), -1, -1)
-        spans = [
-            Span(rows, adapter, torch.cat([gates[id(part)] for part in group]) if id(group[0]) in gates else None)
-            for rows, adapter, group in _groups(parts)
-        ]
+        groups, spans = _groups(parts), []
+        for rows, adapter, group in groups:
+            given = torch.cat([gates[id(part)] for part in group]) if id(group[0]) in gates else None
+            spans.append(Span(rows, adapter, given, {} if isinstance(adapter.mixture, InputRouting) else None))
         for span in spans:
             if span.gates is not None and span.adapter.routing is not None:
                 self.tally.add(span.adapter.name, span.adapter.routing, span.gates)
@@ -192,6 +200,15 @@ class BatchRunner:
             output = self._pass(self._model, parts, [part.caches.forward for part in parts], logits_to_keep=keep)
         if routed:
             self.tally.lap()
+        self._gates |= gates
+        for span, (_, adapter, group) in zip(spans, groups, strict=True):
+            if span.made is not None:
+                made = torch.stack([span.made[number][0] for number in range(len(span.made))], 1)
+                by_part = made.split([len(part.tokens) for part in group])
+                self._gates |= {id(part): own for part, own in zip(group, by_part, strict=True)}
+            elif span.gates is None and isinstance(adapter.mixture, FixedRouting):
+                constant = adapter.mixture.gates()
+                self._gates |= {id(part): constant.expand(len(part.tokens), -1, -1) for part in group}
         logits = output.logits[0]
         counts = [len(part.tokens) if part.all_logits else 1 for part in parts]
         return list((logits[wanted] if all_rows else logits).split(counts))

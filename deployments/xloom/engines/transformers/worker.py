@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xloom.engines.transformers.batch import BatchRunner, Caches, Part
 from xloom.engines.transformers.sampling import Sampler, top_logprobs
+from xloom.engines.transformers.told_gates import ToldGates
 from xloom.mixtures.hooks import Adapter
 from xloom.protocol import Logprobs, TokenChunk, TokenRequest
 
@@ -34,6 +35,12 @@ class Job:
     computed: int = 0
     suspect: bool = False  # it ran in a step that failed: next alone
     prompt_logits: list[Tensor] = field(default_factory=list)  # where prompt_logprobs are wanted
+    gates: ToldGates | None = None  # of a mixture
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.adapter.mixture is not None:
+            prompt, layers = len(self.request.prompt_token_ids), self.request.layer_gates
+            self.gates = ToldGates(self.adapter.mixture, prompt, layers=layers)
 
     @property
     def name(self) -> str:
@@ -160,7 +167,10 @@ class Worker:
         chunks = []
         for (job, part), rows in zip(parts, logits, strict=True):
             job.computed += len(part.tokens)
+            gates = self._runner.gates(part)
             try:
+                if job.gates is not None and gates is not None:
+                    job.gates.add(part.start, gates)
                 chunk = _take(job, part, rows)
             except Exception:
                 logger.exception("sampling for request %s failed", job.name)
@@ -218,7 +228,8 @@ def _take(job: Job, part: Part, logits: Tensor) -> TokenChunk | None:
     token, logprobs = job.sampler.next(logits[-1])
     job.tokens.append(token)
     reason, stop = job.sampler.end()
-    return TokenChunk(job.name, [token], reason, stop, logprobs, _prompt_logprobs(job))
+    gates = None if job.gates is None else job.gates.take()
+    return TokenChunk(job.name, [token], reason, stop, logprobs, _prompt_logprobs(job), gates=gates)
 
 
 def _prompt_logprobs(job: Job) -> Logprobs | None:

@@ -6,12 +6,15 @@ Ostapenko et al. 2024, arXiv 2405.11157; as `peft.tuners.lora.arrow` (0.21), whi
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from xloom.mixtures.routing.inputs import InputRouting
+from xloom.mixtures.lora import LoraWeights
+from xloom.mixtures.routing.inputs import InputRouting, with_absent
+from xloom.mixtures.stacking import Stack
 
 
 class ArrowRouting(InputRouting):
@@ -19,6 +22,33 @@ class ArrowRouting(InputRouting):
 
     kind: ClassVar[str] = "arrow"
     absolute: ClassVar[bool] = True
+
+    @classmethod
+    def of(
+        cls, stack: Stack, adapters: Sequence[LoraWeights], top_k: int | None = None, temperature: float = 1
+    ) -> Self:
+        """The routing of a stack of these adapters."""
+        return cls(
+            num_adapters=len(stack.names),
+            adapter_names=stack.names,
+            modules=stack.modules,
+            segments=stack.segments,
+            activation="softmax",
+            top_k=top_k,
+            temperature=temperature,
+            routers=prototypes(stack, adapters),
+        )
+
+
+def prototypes(stack: Stack, adapters: Sequence[LoraWeights]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """For each module R `[K, in]`, the adapters' top right singular vectors, their scales left out, and b: 0."""
+    found = []
+    for name, segment in zip(stack.modules, stack.segments, strict=True):
+        weight = torch.zeros(len(adapters), stack.tensors[name][0].shape[1])
+        for adapter, _ in segment:
+            weight[adapter] = prototype(*adapters[adapter].tensors[name])
+        found.append((weight, with_absent(torch.zeros(len(adapters)), segment)))
+    return tuple(found)
 
 
 def prototype(a: Tensor, b: Tensor) -> Tensor:

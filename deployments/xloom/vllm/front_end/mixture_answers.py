@@ -144,15 +144,16 @@ def _message(make: Make) -> Make:
 
 
 def _chat_stream(serving: Any, make: Make) -> Make:
-    def wrapped(request: Any, results: AsyncIterator[RequestOutput], *arguments: Any, **options: Any) -> Any:
+    def wrapped(request: Any, results: AsyncGenerator[RequestOutput, None], *arguments: Any, **options: Any) -> Any:
         if not mixes(serving.models.lora_requests.get(request.model)):
             return make(request, results, *arguments, **options)
         found: dict[int, Mixed] = {}
 
         async def watched() -> AsyncIterator[RequestOutput]:
-            async for result in results:
-                _note(found, result, 0)
-                yield result
+            async with aclosing(results):
+                async for result in results:
+                    _note(found, result, 0)
+                    yield result
 
         return _told(make(request, watched(), *arguments, **options), found)
 
@@ -160,15 +161,16 @@ def _chat_stream(serving: Any, make: Make) -> Make:
 
 
 def _completion_stream(serving: Any, make: Make) -> Make:
-    def wrapped(request: Any, inputs: Any, results: AsyncIterator[Any], *arguments: Any, **options: Any) -> Any:
+    def wrapped(request: Any, inputs: Any, results: AsyncGenerator[Any, None], *arguments: Any, **options: Any) -> Any:
         if not mixes(serving.models.lora_requests.get(request.model)):
             return make(request, inputs, results, *arguments, **options)
         found: dict[int, Mixed] = {}
 
         async def watched() -> AsyncIterator[tuple[int, RequestOutput]]:
-            async for prompt, result in results:
-                _note(found, result, prompt * (request.n or 1))
-                yield prompt, result
+            async with aclosing(results):
+                async for prompt, result in results:
+                    _note(found, result, prompt * (request.n or 1))
+                    yield prompt, result
 
         return _told(make(request, inputs, watched(), *arguments, **options), found)
 

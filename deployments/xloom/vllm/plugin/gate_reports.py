@@ -31,8 +31,8 @@ class Told(NamedTuple):
 
     token: np.ndarray[Any, Any] | None  # [K] float32, of its last row, if a token may be sampled from that
     layers: np.ndarray[Any, Any] | None  # [num_layers, K] float32, of the same row; NaN for a layer without linears
-    prompt: np.ndarray[Any, Any] | None  # [K] float64, the sum over rows of the prompt that were not told before
-    prompt_tokens: int  # how many
+    prompt: np.ndarray[Any, Any] | None = None  # [K] float64, the sum over rows of the prompt not told before
+    prompt_tokens: int = 0  # how many
 
 
 @dataclass
@@ -48,7 +48,7 @@ class _Piece(NamedTuple):
     """A request's rows among those of one mixture."""
 
     request_id: str
-    prompt: slice  # those to be summed
+    prompt: slice | None  # those to be summed
     last: int | None  # the one that a token may be sampled from
     layers: int | None  # where that one's layers are
 
@@ -79,14 +79,15 @@ class StepGates:
             layers = None if part.layers is None else part.layers.numpy()
             alike = len(means) == 1
             for piece in part.pieces:
-                count = piece.prompt.stop - piece.prompt.start
-                prompt = None
-                if count:
-                    rows = means[piece.prompt] if not alike else means
-                    prompt = rows.sum(0, dtype=np.float64) * (count if alike else 1)
                 token = None if piece.last is None else means[0 if alike else piece.last]
                 each = None if layers is None or piece.layers is None else layers[piece.layers]
-                found[piece.request_id] = Told(token, each, prompt, count)
+                if piece.prompt is None:
+                    found[piece.request_id] = Told(token, each)
+                    continue
+                count = piece.prompt.stop - piece.prompt.start
+                rows = means if alike else means[piece.prompt]
+                total = rows.sum(0, dtype=np.float64) * (count if alike else 1)
+                found[piece.request_id] = Told(token, each, total, count)
         return found
 
 
@@ -120,17 +121,17 @@ class GateReports:
         pieces, first, asked = [], 0, list[int]()
         for request_id, position, count in spans:
             if (told := self._requests.get(request_id)) is not None:
-                end = position + count
                 # The last token of a prompt makes the answer's first.
-                start, stop = max(position, told.end), min(end, told.prompt_tokens - 1)
-                told.end = max(told.end, stop)
-                prompt = slice(first + start - position, first + max(start, stop) - position)
-                last = first + count - 1 if end >= told.prompt_tokens else None
-                place = None
-                if told.layers and last is not None:
-                    place = len(asked)
-                    asked.append(last)
-                if last is not None or prompt.stop > prompt.start:
+                start, end = max(position, told.end), min(position + count, told.prompt_tokens - 1)
+                prompt = last = place = None
+                if end > start:
+                    prompt, told.end = slice(first + start - position, first + end - position), end
+                if position + count >= told.prompt_tokens:
+                    last = first + count - 1
+                    if told.layers:
+                        place = len(asked)
+                        asked.append(last)
+                if last is not None or prompt is not None:
                     pieces.append(_Piece(request_id, prompt, last, place))
             first += count
         if pieces:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from xloom.mixtures.layer_means import layer_means
 from xloom.mixtures.routing.base import Routing
 from xloom.mixtures.routing.fixed import FixedRouting
 from xloom.mixtures.routing.inputs import InputRouting
@@ -43,12 +44,9 @@ class SlotRouting:
         self._layer_means: torch.Tensor | None = None
 
     def layer_means(self, device: torch.device) -> torch.Tensor:
-        """`[num_layers, M]`, which makes gates `[M, K]` into means over each layer's linears; NaN where it has none."""
+        """As `xloom.mixtures.layer_means`, for all steps."""
         if self._layer_means is None:
-            layers = [layer_of(name) for name in self.row]
-            matrix = torch.zeros(max(layers) + 1, len(layers))
-            matrix[layers, range(len(layers))] = 1
-            self._layer_means = (matrix / matrix.sum(1, keepdim=True)).to(device)
+            self._layer_means = layer_means(list(self.row)).to(device)
         return self._layer_means
 
     def layout(self, linears: Mapping[int, Sequence[str]]) -> GateLayout:
@@ -70,11 +68,6 @@ def _constant(routing: Routing) -> torch.Tensor | None:
     if isinstance(routing, XLoraRouting):
         return routing.scaling_pass_gates()
     return routing.gates() if isinstance(routing, FixedRouting) else None
-
-
-def layer_of(name: str) -> int:
-    """The number in a linear's name: that of its layer; 0 without one."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), 0)
 
 
 def segment_index(segments: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -144,6 +137,10 @@ class Gater(Protocol):
     """Where a slot's gates go before a forward pass; each punica wrapper keeps them its own way."""
 
     manager: Any  # vLLM's LoRAModelManager that it serves
+
+    @property
+    def makes_gates(self) -> bool:
+        """Whether it can make gates of a linear's input."""
 
     def reserve(self, routing: SlotRouting) -> None:
         """Make room for the gates of a bundle that is being loaded."""

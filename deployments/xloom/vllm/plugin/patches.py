@@ -144,7 +144,7 @@ def _with_routing(original: Callable[..., Any]) -> Callable[..., Any]:
 
             gater, routing = gater_of(self._adapter_manager), load_routing(folder)
             _check_ranks(routing)
-            check_kernels(routing, self.device)
+            check_kernels(routing, gater)
             model.xloom_routing = SlotRouting(routing.to(self.device), lora_request.lora_name)
             gater.reserve(model.xloom_routing)
         return model
@@ -160,11 +160,9 @@ def _check_ranks(routing: Routing) -> None:
         raise RuntimeError(f"gates of the kind {routing.kind!r} can't be made with tensor parallelism")
 
 
-def check_kernels(routing: Routing, device: Any) -> None:
+def check_kernels(routing: Routing, gater: Gater) -> None:
     """A GPU's captured graphs have the kernel that makes such gates, or lack it for good."""
-    from xloom.vllm.plugin.gates import BATCH
-
-    if routing.source is Source.INPUT and torch.device(device).type != "cpu" and not BATCH.input_gates:
+    if routing.source is Source.INPUT and not gater.makes_gates:
         raise RuntimeError(
             f"gates of the kind {routing.kind!r} are made by a kernel that this engine was started without: "
             "set engine.input_gates: true and start again"

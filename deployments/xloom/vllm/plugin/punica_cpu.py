@@ -70,6 +70,7 @@ class GatedPunicaCPU(PunicaWrapperCPU):
     """vLLM's CPU punica wrapper with the gate, and without its weight copy per token."""
 
     manager: Any = None
+    makes_gates = True  # of a linear's input: R lies under A
 
     def attach(self, manager: Any) -> None:
         """Take the LoRA manager whose slots this wrapper serves."""

@@ -82,6 +82,11 @@ class GatedPunicaGPU(PunicaWrapperGPU):
         )
         _tables[:] = [self.tables]
 
+    @property
+    def makes_gates(self) -> bool:
+        """Whether it can make gates of a linear's input."""
+        return BATCH.input_gates
+
     def reserve(self, routing: SlotRouting) -> None:
         """Make room for the gates of a bundle that is being loaded."""
         self.tables.reserve(routing)

@@ -12,14 +12,27 @@ import pytest
 import torch
 
 from tests.conformance.served import ANSWER_S, Served, wait_for
-from tests.models import adapters_for, peft_greedy, peft_logits, peft_xlora, tiny_adapter, tiny_bundle, tiny_model
+from tests.models import (
+    HIDDEN,
+    adapters_for,
+    peft_greedy,
+    peft_logits,
+    peft_xlora,
+    tiny_adapter,
+    tiny_bundle,
+    tiny_model,
+)
+from tests.models import load_model as load_reference
 from xloom.engines.transformers import backend as module
+from xloom.engines.transformers import worker
 from xloom.engines.transformers.backend import TransformersBackend
 from xloom.engines.transformers.batch import BatchRunner
 from xloom.engines.transformers.model import choose_device, choose_dtype, load_model
 from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle
-from xloom.protocol import AdapterRef, Overrides, XloomError
+from xloom.mixtures.prepare_mixture import prepare_mixture
+from xloom.mixtures.reference import OnePassReference, Reference
+from xloom.protocol import AdapterRef, Blend, Overrides, XloomError
 from xloom.settings import EngineSettings, IsqSettings, ModelSettings
 
 PROMPT = list(range(40, 75))
@@ -74,6 +87,37 @@ def test_cached_xlora_equals_peft_which_recomputes(architecture: str, tmp_path: 
                     assert value == pytest.approx(expected[position, token].item(), abs=1e-3)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("kind", ["xlora", "arrow", "fixed"])
+def test_gates_come_with_the_tokens(model: Path, served: Served, tmp_path: Path, kind: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(worker, "PREFILL_TOKENS", 20)  # the prompt in pieces
+    prepared = tmp_path / "prepared"
+    if kind == "xlora":
+        bundle = tiny_bundle(tmp_path / "blend", model, seed=3)
+        prepare_bundle(bundle, linear_modules(str(model)), prepared, hidden_size=HIDDEN, max_rank=256)
+    else:
+        specs = enumerate(adapters_for("llama"))
+        adapters = {f"a{i}": tiny_adapter(tmp_path / f"a{i}", model, seed=i, **spec) for i, spec in specs}
+        prepare_mixture(Blend(kind, {}), adapters, linear_modules(str(model)), prepared, max_rank=256)
+    ref = served.add(AdapterRef("mixed", "1", kind), prepared)
+    started = [served.start(PROMPT, each, layer_gates=True, max_tokens=6)[1] for each in (ref, None, ref)]
+    first, base, second = [future.result(ANSWER_S) for future in started]
+    ids = PROMPT + first.tokens[:-1]
+    one_pass = kind != "xlora"
+    reference: Any = (OnePassReference if one_pass else Reference).load(load_reference(model), prepared)
+    expected = reference.gates_of(ids) if one_pass else reference.gates(ids)
+    asked = len(PROMPT) - 1
+    for answer in (first, second):
+        tokens = torch.stack([torch.frombuffer(bytearray(each.tokens), dtype=torch.float32) for each in answer.gates])
+        torch.testing.assert_close(tokens, expected[asked:].mean(1), atol=1e-3, rtol=0)
+        told = answer.gates[0]
+        assert told.prompt_tokens == asked
+        prompt = torch.frombuffer(bytearray(told.prompt), dtype=torch.float32)
+        torch.testing.assert_close(prompt, expected[:asked].mean((0, 1)), atol=1e-3, rtol=0)
+        layers = torch.frombuffer(bytearray(told.layers), dtype=torch.float32).view(2, -1)
+        torch.testing.assert_close(layers, expected[asked].view(2, 7, -1).mean(1), atol=1e-3, rtol=0)
+    assert base.gates == []
 
 
 def test_an_architecture_that_is_not_packed_gives_the_same_answers(model: Path, served: Served, tmp_path: Path) -> None:

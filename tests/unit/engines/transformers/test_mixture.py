@@ -15,6 +15,8 @@ from xloom.mixtures.modules import linear_modules
 from xloom.mixtures.prepare import prepare_bundle
 from xloom.mixtures.prepare_mixture import prepare_mixture
 from xloom.mixtures.reference import OnePassReference, Reference
+from xloom.mixtures.routing.fixed import FixedRouting
+from xloom.mixtures.weights import checked_weights
 from xloom.protocol import Blend
 
 PROMPTS = [list(range(40, 75)), [256, 5, 9, 200]]
@@ -64,7 +66,16 @@ def test_mixtures_of_one_row_answer_as_the_reference_does(tmp_path: Path, batchi
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     runner = BatchRunner(model, batching=batching)
     parts = [Part(prompt, 0, kind, runner.caches(kind)) for kind in kinds for prompt in PROMPTS]
+    fixed = kinds[1]
+    assert isinstance(fixed.mixture, FixedRouting)
+    sent = [{"a0": 1.5, "a1": -0.5}, {"a2": 1.0}]
+    for weights in sent:
+        constant = fixed.mixture.gates(checked_weights(weights, fixed.mixture.adapter_names, "fixed"))
+        parts.append(Part(PROMPTS[0], 0, fixed, runner.caches(fixed), constant=constant))
     logits = runner.run(parts)
+    for weights, found in zip(sent, logits[-2:], strict=True):
+        expected = OnePassReference.load(load_model(folder), tmp_path / "fixed", weights).logits(PROMPTS[0])
+        torch.testing.assert_close(found[-1], expected[-1], atol=1e-3, rtol=0)
     for number, (routing, prompt) in enumerate((name, each) for name in ("arrow", "fixed") for each in PROMPTS):
         expected = OnePassReference.load(load_model(folder), tmp_path / routing).logits(prompt)
         torch.testing.assert_close(logits[number][-1], expected[-1], atol=1e-3, rtol=0)

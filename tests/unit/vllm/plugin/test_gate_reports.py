@@ -121,10 +121,10 @@ def test_they_leave_the_scheduler_with_their_tokens(lora: LoRARequest) -> None:
         return (output.kv_transfer_params or {}).get(GATES)
 
     assert sent(Told(rows, None, np.array([2.0, 1.0]), 1), []) is None  # its token was dropped
-    first = sent(Told(rows, None, None, 0), [5])
+    first = sent(Told(rows, None), [5])
     assert first[:2] == [rows.tobytes(), b""]
     assert np.frombuffer(first[2], np.float32) == pytest.approx([1.0, 1.0])
     assert first[3:] == [3, ["code", "docs"]]
     assert len(records) == 0
-    assert sent(Told(rows, None, None, 0), [6]) == [rows.tobytes()]
-    assert sent(Told(rows, np.stack([rows, rows]), None, 0), [7]) == [rows.tobytes(), rows.tobytes() * 2]
+    assert sent(Told(rows, None), [6]) == [rows.tobytes()]
+    assert sent(Told(rows, np.stack([rows, rows])), [7]) == [rows.tobytes(), rows.tobytes() * 2]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 
 from xloom.mixtures.routing.arrow import ArrowRouting
 from xloom.mixtures.routing.inputs import with_absent
 from xloom.vllm.plugin import gates as module
-from xloom.vllm.plugin.gates import BATCH, SlotRouting, SlotRows, segment_index
+from xloom.vllm.plugin.gates import BATCH, Gater, SlotRouting, SlotRows, segment_index
 from xloom.vllm.plugin.patches import check_kernels
 from xloom.vllm.plugin.punica_cpu import lora_linear
 
@@ -91,14 +95,12 @@ def test_gates_made_of_the_input_multiply_between_shrink_and_expand(rows: slice 
     torch.testing.assert_close(y, expected)
 
 
-def test_a_gpu_without_the_kernel_for_gates_of_inputs_refuses_such_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BATCH, "input_gates", False)
-    with pytest.raises(RuntimeError, match=r"engine\.input_gates: true"):
-        check_kernels(of_inputs(), "cuda")
-    check_kernels(of_inputs(), "cpu")
-    check_kernels(routing(NAMES, SEGMENTS), "cuda")
-    monkeypatch.setattr(BATCH, "input_gates", True)
-    check_kernels(of_inputs(), "cuda")
+@pytest.mark.parametrize("makes_gates", [True, False])
+def test_a_gpu_without_the_kernel_for_gates_of_inputs_refuses_such_a_mixture(makes_gates: bool) -> None:
+    gater = cast("Gater", SimpleNamespace(makes_gates=makes_gates))
+    check_kernels(routing(NAMES, SEGMENTS), gater)
+    with nullcontext() if makes_gates else pytest.raises(RuntimeError, match=r"engine\.input_gates: true"):
+        check_kernels(of_inputs(), gater)
 
 
 @pytest.mark.parametrize("rows", PLACES, ids=["contiguous", "scattered", "single"])

@@ -53,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> None:
         FOLDERS[name] = root / name
         FOLDERS[name].mkdir()
         routing = dict(zip(GateSource._fields, source, strict=True))
-        (FOLDERS[name] / "xlora.json").write_text(json.dumps({"format": 1, "routing": routing}))
+        (FOLDERS[name] / "xlora.json").write_text(json.dumps({"format": 1, "adapter_names": ["0"], "routing": routing}))
     FOLDERS["adapter"] = root / "adapter"
     FOLDERS["adapter"].mkdir()
     init_none_hash(sha256)

@@ -1,0 +1,43 @@
+"""The base model a router is trained over: a Hugging Face causal model, in the precision that suits its device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from xloom.engines.transformers.checkpoint import refuse_missing, unfit
+from xloom.engines.transformers.model import choose_device, choose_dtype
+from xloom.protocol import XloomError
+from xloom.settings import ModelSettings
+
+
+def load_base(model: ModelSettings, device: str | None) -> Any:
+    """The model on its device; float32 on a CPU, whose gradients are to be exact, else half precision.
+
+    Raises `XloomError`: model_not_loadable, device_missing.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the terminal shows ours
+    place = choose_device(device)
+    dtype = torch.float32 if place.type == "cpu" else choose_dtype("auto", place)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model.source,
+            revision=model.revision,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        raise unfit(model.source, error) from error
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        cure = "Name a local folder with config.json and safetensors, or a hub id."
+        raise XloomError(
+            "model_not_loadable", f"No model could be read from {model.source!r}: {error}", cure
+        ) from error
+    refuse_missing(model.source, info)
+    return loaded.to(place)
