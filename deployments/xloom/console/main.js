@@ -25,7 +25,8 @@ const chat = new Chat(api, look, request, watch);
 
 /** What the user has set. */
 function request() {
-  const options = { max_tokens: byId("max-tokens").valueAsNumber || 128, temperature: byId("temperature").valueAsNumber || 0 };
+  const length = byId("max-tokens").valueAsNumber || 128;
+  const options = { max_tokens: length, temperature: byId("temperature").valueAsNumber || 0 };
   return { model: models.chosen, options, weights: weights.value, system: byId("system").value.trim() };
 }
 

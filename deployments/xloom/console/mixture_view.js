@@ -100,7 +100,8 @@ function ofPrompt({ adapters, prompt_gates: gates, prompt_tokens: computed, cach
 
 /** @param {string} token white space and nothing made visible */
 function visible(token) {
-  return token === "" ? "(part of a character)" : token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
+  if (token === "") return "(part of a character)";
+  return token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 }
 
 /**
