@@ -100,6 +100,7 @@ export class Api {
  */
 function errorOf(answer, status) {
   const error = answer?.error ?? {};
-  const message = typeof error.message === "string" && error.message ? error.message : `The endpoint answered ${status}.`;
+  const said = typeof error.message === "string" && error.message;
+  const message = said || `The endpoint answered ${status}.`;
   return new ApiError(message, typeof error.code === "string" ? error.code : "", status);
 }

@@ -9,11 +9,15 @@ import { isMixture } from "./models.js";
 /** @typedef {import("./api.js").Api} Api */
 /** @typedef {import("./api.js").Model} Model */
 
+const NEAR = 60; // CSS pixels of an answer's end that may be out of view, and it still counts as in view
+
 export class Chat {
   #api;
   #look;
   #request;
+  #ended;
   #box = byId("conversation");
+  #composer = byId("composer");
   #prompt = byId("prompt");
   #send = byId("send");
   #stop = byId("stop");
@@ -28,12 +32,14 @@ export class Chat {
    * @param {(name: string) => string} look an adapter's classes
    * @param {() => {model: Model | undefined, options: object, weights: Record<string, number> | undefined,
    *   system: string}} request what the user has set
+   * @param {() => void} ended told after each answer
    */
-  constructor(api, look, request) {
+  constructor(api, look, request, ended) {
     this.#api = api;
     this.#look = look;
     this.#request = request;
-    byId("composer").addEventListener("submit", (/** @type {Event} */ event) => {
+    this.#ended = ended;
+    this.#composer.addEventListener("submit", (/** @type {Event} */ event) => {
       event.preventDefault();
       this.#ask();
     });
@@ -103,6 +109,7 @@ export class Chat {
       if (stopHadFocus) this.#prompt.focus();
     }
     byId("announcer").textContent = told;
+    this.#ended();
   }
 
   /**
@@ -126,9 +133,9 @@ export class Chat {
    * @param {() => void} change
    */
   #keepInView(change) {
-    const scroller = this.#box.scrollHeight > this.#box.clientHeight + 1 ? this.#box : document.scrollingElement;
-    const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
+    const last = this.#box.lastElementChild;
+    const inView = last && last.getBoundingClientRect().bottom < this.#composer.getBoundingClientRect().top + NEAR;
     change();
-    if (atEnd) this.#box.lastElementChild?.scrollIntoView({ block: "end" });
+    if (inView) last.scrollIntoView({ block: "end" });
   }
 }

@@ -16,7 +16,8 @@ export class Deployment {
     if (text === this.#shown) return;
     this.#shown = text;
     const { replicas, adapters } = status;
-    const waiting = replicas.reduce((/** @type {number} */ sum, /** @type {any} */ each) => sum + each.stats.waiting, 0);
+    let waiting = 0;
+    for (const { stats } of replicas) waiting += stats.waiting;
     const flight = counted(status.router.in_flight, "request");
     byId("deployment-note").textContent = status.start_failure
       ? `No replica: ${status.start_failure}`
@@ -40,13 +41,18 @@ export class Deployment {
 function replicaCard({ id, node, state, stats }) {
   const { running, waiting, kv_pages_used: used, kv_pages_total: total, preemptions, adapters } = stats;
   const facts = { Running: running, Waiting: waiting, Preempted: preemptions, "Adapters held": adapters.length };
-  const pages = make("meter", { min: 0, max: Math.max(1, total), high: 0.9 * total, value: used, "aria-label": "KV pages in use" });
+  const pages = make("meter", {
+    min: 0, max: Math.max(1, total), high: 0.9 * total, value: used, "aria-label": "KV pages in use",
+  });
   const figures = Object.entries({ ...facts, "KV pages": `${used} of ${total}` }).flatMap(([name, value]) => [
     make("dt", {}, name), make("dd", {}, String(value)),
   ]);
   return make(
     "article", { class: "replica", "aria-label": `Replica ${id}` },
-    make("p", { class: "name" }, make("span", { title: `on node ${node}` }, id), make("span", { class: "state", "data-state": state }, state)),
+    make(
+      "p", { class: "name" },
+      make("span", { title: `on node ${node}` }, id), make("span", { class: "state", "data-state": state }, state),
+    ),
     make("dl", { class: "figures" }, ...figures), pages,
   );
 }
@@ -71,9 +77,10 @@ function served(adapters, replicas) {
       make("span", { class: "quiet", title: each.source }, facts.filter(Boolean).join(" · ")),
     );
   };
-  return [["mixture", mixtures], ["adapter", plain]].flatMap(([noun, list]) => [
-    make("h3", {}, counted(list.length, String(noun))), make("ul", { class: "served" }, .../** @type {any[]} */ (list).map(line)),
-  ]);
+  const list = (/** @type {string} */ noun, /** @type {any[]} */ entries) => [
+    make("h3", {}, counted(entries.length, noun)), make("ul", { class: "served" }, ...entries.map(line)),
+  ];
+  return [...list("mixture", mixtures), ...list("adapter", plain)];
 }
 
 /** @param {number} bytes */

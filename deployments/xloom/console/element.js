@@ -4,7 +4,10 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** @typedef {Record<string, string | number | boolean | null | undefined>} Attributes true: there; false, null: not there */
+/**
+ * @typedef {Record<string, string | number | boolean | null | undefined>} Attributes true: there; false, null and
+ *   undefined: not there
+ */
 
 /**
  * The page's element of that id, which has to be there.

@@ -1,5 +1,6 @@
 /**
- * Server-sent events of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
+ * Server-sent events of a stream:
+ * https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
  */
 
 /** Takes text as it comes, cut anywhere, and gives the data of the events that are whole. */

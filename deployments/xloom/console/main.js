@@ -17,13 +17,16 @@ const api = new Api(key.get);
 const palette = new Palette();
 const look = (/** @type {string} */ name) => palette.of(name);
 const models = new Models();
+/** @type {number | undefined} */
+let timer;
 const weights = new Weights(look);
 const deployment = new Deployment();
-const chat = new Chat(api, look, request);
+const chat = new Chat(api, look, request, watch);
 
 /** What the user has set. */
 function request() {
-  const options = { max_tokens: byId("max-tokens").valueAsNumber || 128, temperature: byId("temperature").valueAsNumber || 0 };
+  const length = byId("max-tokens").valueAsNumber || 128;
+  const options = { max_tokens: length, temperature: byId("temperature").valueAsNumber || 0 };
   return { model: models.chosen, options, weights: weights.value, system: byId("system").value.trim() };
 }
 
@@ -78,9 +81,6 @@ async function refresh() {
   const ready = status === null || status.replicas.length > 0;
   connected(ready ? "good" : "waiting", ready ? "Connected" : "No replica is ready");
 }
-
-/** @type {number | undefined} */
-let timer;
 
 async function watch() {
   clearTimeout(timer);

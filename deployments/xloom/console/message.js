@@ -32,7 +32,8 @@ export class AnswerMessage {
     this.body = make("div", {});
     /** @type {HTMLElement} */
     this.element = make(
-      "article", { class: "message answer", "aria-label": `Answer of ${model}`, "aria-busy": "true" }, header, this.body,
+      "article", { class: "message answer", "aria-label": `Answer of ${model}`, "aria-busy": "true" },
+      header, this.body,
     );
   }
 

@@ -41,7 +41,7 @@ export class MixtureView {
       const label = `Gates over ${this.#gates.length} tokens. Mean: ${inWords(adapters, this.#mean)}.`;
       const pick = (/** @type {number} */ token) => this.#text?.focus(token);
       this.#strip = new Strip(this.#gates, classes, label, { over: (token) => this.#point(token), pick });
-      this.element.append(this.#strip.element);
+      this.#readout.element.prepend(this.#strip.element);
     }
     this.element.append(this.#readout.element, make("p", { class: "quiet" }, ofPrompt(mixture)));
     if (this.#gates.length) this.element.append(this.#table());
@@ -100,7 +100,8 @@ function ofPrompt({ adapters, prompt_gates: gates, prompt_tokens: computed, cach
 
 /** @param {string} token white space and nothing made visible */
 function visible(token) {
-  return token === "" ? "(part of a character)" : token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
+  if (token === "") return "(part of a character)";
+  return token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 }
 
 /**

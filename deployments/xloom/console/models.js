@@ -31,7 +31,9 @@ export class Models {
     const before = this.#select.value;
     const groups = Object.entries(GROUPS).map(([group, label]) => {
       const own = models.filter(({ kind }) => (isMixture(kind) ? "mixture" : kind) === group);
-      const options = own.map(({ id, kind }) => make("option", { value: id }, isMixture(kind) ? `${id} (${kind})` : id));
+      const options = own.map(({ id, kind }) =>
+        make("option", { value: id }, isMixture(kind) ? `${id} (${kind})` : id),
+      );
       return options.length ? [make("optgroup", { label }, ...options)] : [];
     });
     this.#select.replaceChildren(...groups.flat());

@@ -1,5 +1,5 @@
 /**
- * The strip: gates over tokens, as stacked areas. For the eye and the pointer; the tokens themselves are for the keyboard.
+ * The strip: gates over tokens, as stacked areas. For the eye and the pointer; the tokens are for the keyboard.
  */
 
 import { makeSvg } from "./element.js";

@@ -1,5 +1,5 @@
 /**
- * A text token by token, each in the colour of its strongest adapter. One tab stop; the arrow keys go from token to token.
+ * A text token by token, each in the colour of its strongest adapter. One tab stop; the arrow keys go on from there.
  */
 
 import { align } from "./alignment.js";

@@ -1,6 +1,6 @@
 /**
- * Weights of the request: a slider and a number for each adapter. They replace a mixture's gates, or mix adapters on the
- * base model.
+ * Weights of the request: a slider and a number for each adapter. They replace a mixture's gates, or mix adapters on
+ * the base model.
  */
 
 import { byId, make } from "./element.js";
@@ -54,7 +54,8 @@ export class Weights {
     this.#rows.replaceChildren();
     this.#on.checked = false;
     this.#box.hidden = kind === "lora" || adapters.length === 0;
-    byId("weights-label").textContent = this.#isBase ? "Mix adapters on the base model" : "Set them, instead of its own gates";
+    const label = this.#isBase ? "Mix adapters on the base model" : "Set them, instead of its own gates";
+    byId("weights-label").textContent = label;
     const first = this.#isBase && adapters.length > SHOWN ? adapters.slice(0, 2) : adapters;
     for (const name of first) this.#addRow(name, this.#isBase ? 0 : 1 / first.length);
     this.#offer();
@@ -91,7 +92,8 @@ export class Weights {
     });
     const row = make(
       "div", { class: `weight ${this.#look(name)}` },
-      make("span", { class: "swatch", "aria-hidden": "true" }), make("label", { for: id, title: name }, name), number, slider,
+      make("span", { class: "swatch", "aria-hidden": "true" }), make("label", { for: id, title: name }, name),
+      number, slider,
     );
     this.#controls.set(name, { row, slider, number });
     this.#rows.append(row);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from playwright.sync_api import Browser, Locator, Page, expect
 
@@ -119,6 +120,24 @@ def test_state_is_brought_up_to_date_by_itself(page: Page, endpoint: StandIn) ->
     page.evaluate(SEEN_AGAIN)
     expect(page.locator("#deployment-note")).to_have_text("No replica: No memory.")
     expect(page.locator("#connection")).to_have_text("No replica is ready")
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_long_answer_is_followed_and_its_gates_stay_beside_it(page: Page, endpoint: StandIn, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    endpoint.answer = stream(["word\n"] * 120, [[0.4, 0.6]] * 120)
+    answer = send(page)
+    composer = page.locator("#composer").bounding_box()
+    shown = answer.bounding_box()
+    assert composer is not None
+    assert shown is not None
+    assert shown["height"] > 2000
+    assert abs(shown["y"] + shown["height"] - composer["y"]) < 40
+    answer.locator(".token").nth(40).hover()
+    expect(answer.locator(".readout-title")).to_contain_text("Token 41 of 120")
+    readout = answer.locator(".readout").bounding_box()
+    assert readout is not None
+    assert 0 < readout["y"] < readout["y"] + readout["height"] <= composer["y"] + 1
 
 
 def test_nothing_hangs_out_of_the_page(browser: Browser, endpoint: StandIn) -> None:
