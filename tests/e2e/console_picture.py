@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import tempfile
 from io import BytesIO
@@ -28,23 +26,11 @@ LAPTOP = {"width": 1360, "height": 1000}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True}
 
 
-def named_bundle(folder: Path) -> Path:
-    """The sample's bundle, whose configuration numbers its adapters, with their names in it."""
-    bundle = folder / "blend"
-    shutil.copytree(SAMPLE / "blend", bundle)
-    shutil.copytree(SAMPLE / "adapters", folder / "adapters")
-    file = bundle / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["adapters"] = {name: f"../adapters/{name}" for name in NAMES}
-    file.write_text(json.dumps(config), encoding="utf-8")
-    return bundle
-
-
-def settings(folder: Path) -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """The sample, without a key, and a mixture by Arrow."""
     return {
         "adapters": [{"name": name, "source": str(SAMPLE / "adapters" / name)} for name in NAMES],
-        "xlora": [{"name": "blend", "source": str(named_bundle(folder))}],
+        "xlora": [{"name": "blend", "source": str(SAMPLE / "blend")}],
         "mixtures": [{"name": "routed", "adapters": NAMES, "routing": "arrow"}],
         "router": {},
     }
@@ -101,7 +87,7 @@ def take(url: str) -> None:
 def main() -> None:
     """Serve the sample for as long as it takes."""
     with tempfile.TemporaryDirectory() as folder:
-        served = Served(Path(folder), settings(Path(folder)))
+        served = Served(Path(folder), settings())
         served.wait_ready()
         try:
             take(served.url)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -79,17 +79,13 @@ def read_bundle(
     listed = _listed_adapters(folder, config)
     trained = bool(config.get("use_trainable_adapters", False))
     folders = [_adapter_folder(folder, number, name, path, root, trained) for number, (name, path) in enumerate(listed)]
-    names = [
-        path.name if name.isdigit() and not path.name.isdigit() else name
-        for (name, _), path in zip(listed, folders, strict=True)
-    ]
     projection = None
     if (folder / PROJECTION_FILE).is_file():
         tensors = read_tensors(folder / PROJECTION_FILE, "broken_bundle")
         projection = {key.removesuffix(".weight"): tensor for key, tensor in tensors.items()}
     return Bundle(
         folder=folder,
-        adapter_names=tuple(names),
+        adapter_names=_called(listed),
         adapters=tuple(_adapter(folder, path, modules, base) for path in folders),
         classifier=classifier,
         hidden_size=hidden_size,
@@ -145,6 +141,15 @@ def _listed_adapters(folder: Path, config: Mapping[str, Any]) -> list[tuple[str,
             return [(name, None) for name in _counted(folder, names)]
     message = f"{folder} names no adapters and has no numbered sub-folders."
     raise XloomError("broken_bundle", message, 'List them in the configuration\'s "adapters".')
+
+
+def _called(listed: Sequence[tuple[str, str | None]]) -> tuple[str, ...]:
+    """What people call the adapters: by their folders where PEFT has numbers for names, if that tells them apart."""
+    names = [name for name, _ in listed]
+    folders = [PurePath(path or name).name or name for name, path in listed]
+    numbered = all(name.isdecimal() for name in names)
+    readable = len(set(folders)) == len(names) and not any(folder.isdecimal() for folder in folders)
+    return tuple(folders if numbered and readable else names)
 
 
 def _by_number(folder: Path, listed: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:

@@ -52,6 +52,16 @@ def test_adapters_may_lie_beside_the_bundle(llama: Path, tmp_path: Path) -> None
     assert read_bundle(bundle, root=tmp_path).adapter_names == ("code", "maths")
 
 
+def test_fetched_adapters_are_called_by_what_the_bundle_calls_them(llama: Path, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "blend", llama, adapters=SMALL)
+    for name in ("0", "1"):  # where a store brings them
+        shutil.move(bundle / name, bundle / "adapters" / name)
+    readable, alike = ("../adapters/code", "org/maths"), ("a/last", "b/last")
+    for paths, called in ((readable, ("code", "maths")), (alike, ("0", "1"))):
+        change_config(bundle, adapters=dict(zip(("0", "1"), paths, strict=True)))
+        assert read_bundle(bundle).adapter_names == called
+
+
 @pytest.mark.parametrize("adapters", [{"0": "/not/there", "1": "org/hub-id"}, None, {}, ["0", "1"]])
 def test_adapters_are_found_in_numbered_sub_folders(llama: Path, tmp_path: Path, adapters: Any) -> None:
     bundle = tiny_bundle(tmp_path / "bundle", llama, adapters=SMALL)
