@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from xloom.engines.transformers.checkpoint import refuse_missing, unfit
+from xloom.engines.transformers.checkpoint import reading, refuse_missing
 from xloom.engines.transformers.model import choose_device, choose_dtype
-from xloom.protocol import XloomError
 from xloom.settings import ModelSettings
 
 
@@ -23,7 +22,7 @@ def load_base(model: ModelSettings, device: str | None) -> Any:
     logging.disable_progress_bar()  # the terminal shows ours
     place = choose_device(device)
     dtype = torch.float32 if place.type == "cpu" else choose_dtype("auto", place)
-    try:
+    with reading(model.source):
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model.source,
             revision=model.revision,
@@ -32,12 +31,5 @@ def load_base(model: ModelSettings, device: str | None) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except RuntimeError as error:
-        raise unfit(model.source, error) from error
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        cure = "Name a local folder with config.json and safetensors, or a hub id."
-        raise XloomError(
-            "model_not_loadable", f"No model could be read from {model.source!r}: {error}", cure
-        ) from error
     refuse_missing(model.source, info)
     return loaded.to(place)

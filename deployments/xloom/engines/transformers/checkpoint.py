@@ -21,6 +21,18 @@ PARTS = (
 )  # fmt: skip
 
 
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    """Within it, what Transformers raises for a model it can't read is raised as `XloomError` (model_not_loadable)."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise unfit(source, error) from error
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        cure = "Name a local folder with config.json and safetensors, or a hub id."
+        raise XloomError("model_not_loadable", f"No model could be read from {source!r}: {error}", cure) from error
+
+
 def refuse_missing(source: str, info: Mapping[str, Collection[Any]]) -> None:
     """Read what `from_pretrained(output_loading_info=True)` says: a weight it had to make up is refused.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xloom.engines.transformers.batch import ATTENTION, packs
-from xloom.engines.transformers.checkpoint import refuse_missing, unfit
+from xloom.engines.transformers.checkpoint import reading, refuse_missing
 from xloom.protocol import XloomError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def load_model(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
     dtype = choose_dtype(engine.dtype, device)
     if device.type == "cpu" and "ray" in sys.modules and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to the actor's CPUs
-    try:
+    with reading(model.source):
         config = AutoConfig.from_pretrained(model.source, revision=model.revision, trust_remote_code=False)
         batching = bool(engine.extra_args.get("batching", True)) and packs(config)
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -64,14 +64,6 @@ def load_model(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
             attn_implementation=ATTENTION if batching else None,
             output_loading_info=True,
         )
-    except RuntimeError as error:
-        raise unfit(model.source, error) from error
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise XloomError(
-            "model_not_loadable",
-            f"No model could be read from {model.source!r}: {error}",
-            "Name a local folder with config.json and safetensors, or a hub id.",
-        ) from error
     refuse_missing(model.source, info)
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or engine.max_model_len
