@@ -92,7 +92,6 @@ class Bench:
     def __init__(self, wrapper: type[PunicaWrapperGPU] = GatedPunicaGPU) -> None:
         self.manager = Manager()
         self.wrapper = wrapper(MAX_TOKENS, 8, DEVICE, lora_config=self.manager.lora_config)
-        BATCH.input_gates = True
         if isinstance(self.wrapper, GatedPunicaGPU):
             self.wrapper.attach(self.manager)
         self.generator = torch.Generator().manual_seed(1)
@@ -178,6 +177,7 @@ LINEARLY = [[(adapter, 4) for adapter in range(5)]] * 2
 
 def check_inputs(gpu: FakeGPU) -> list[float]:
     """Gates made of inputs beside given ones and none: one capture, replayed with other rows and other mixtures."""
+    BATCH.input_gates = True  # and from here on
     bench = loaded(PLAIN, PAIR)
     softmax = {"activation": "softmax", "temperature": 0.5}
     mixtures = [

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CPU_PAGE_MULTIPLE = 32  # tokens: what vLLM's CPU attention needs
+SPINS = "1000"  # of GNU's OpenMP: what it takes itself where it has more threads than cores
 GRAPH_ROWS = 512  # vLLM captures full graphs of up to twice `max_num_seqs` rows, and no more than this
 _GRAPH_SIZES = ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
 
@@ -192,9 +193,13 @@ def bind_threads(ranks: int) -> None:
     """Give each rank of a CPU engine its share of the cores this process may use, unless the operator has chosen.
 
     vLLM's `auto` binds each replica on a machine to the same first core, and Ray sets OMP_NUM_THREADS to the
-    actor's CPUs.
+    actor's CPUs. GNU's OpenMP lets a thread that waits for another spin 300,000 times, on a core that the other, a
+    router or a client may be waiting for: on two cores streams then stood still for seconds, and tokens came at half
+    the rate (docs/settings.md).
     """
     os.environ.pop("OMP_NUM_THREADS", None)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
         return
     cores = sorted(os.sched_getaffinity(0))

@@ -142,8 +142,12 @@ def test_threads_are_split_between_ranks_unless_the_operator_chose(monkeypatch: 
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     bind_threads(2)
     import os
+
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"  # they wait without holding up what else runs there
 
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|2,3"
     assert "OMP_NUM_THREADS" not in os.environ
