@@ -102,6 +102,11 @@ class Overrides(msgspec.Struct, frozen=True, omit_defaults=True):
 NO_OVERRIDES = Overrides()
 
 
+def name_of_source(source: str) -> str:
+    """What an adapter in a mixture is called that is named by its source: the last part, without a revision."""
+    return source.rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
 class Blend(msgspec.Struct, frozen=True, omit_defaults=True):
     """A mixture made of adapters alone: which they are, and where its gates come from."""
 

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from xloom.protocol import XloomError
+from xloom.protocol import XloomError, name_of_source
 from xloom.settings_file import read_settings_file, with_paths, with_variables
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -366,10 +366,7 @@ class Settings(_Section):
         What is no name under `adapters` is a source, and called by its last part.
         """
         known = {adapter.name: adapter.location for adapter in self.adapters}
-        return {
-            (each if each in known else each.rstrip("/").rpartition("/")[2].partition("@")[0]): known.get(each, each)
-            for each in adapters
-        }
+        return {(each if each in known else name_of_source(each)): known.get(each, each) for each in adapters}
 
     @property
     def input_gates_enabled(self) -> bool:

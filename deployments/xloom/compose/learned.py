@@ -45,10 +45,7 @@ class ClassifierRouter(LearnedRouter):
         super().__init__()
         self.temperature, self.layerwise = temperature, layerwise
         self._form = XLoraRouting(
-            num_adapters=len(stack.names),
-            adapter_names=stack.names,
-            modules=stack.modules,
-            segments=stack.segments,
+            **stack.described,
             hidden_size=hidden,
             layerwise_scalings=layerwise,
             mixing_mode="additive",
@@ -103,10 +100,7 @@ class LinearRouter(LearnedRouter):
         self.activation, self.temperature, self.top_k = activation, temperature, top_k
         self.names = stack.modules
         self._form = LinearRouting(
-            num_adapters=len(stack.names),
-            adapter_names=stack.names,
-            modules=stack.modules,
-            segments=stack.segments,
+            **stack.described,
             activation=activation,
             top_k=top_k,
             temperature=temperature,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xloom.engines.transformers.checkpoint import reading, refuse_missing
+from xloom.engines.transformers.checkpoint import read_model
 from xloom.engines.transformers.model import choose_device, choose_dtype
 from xloom.settings import ModelSettings
 
@@ -16,20 +16,9 @@ def load_base(model: ModelSettings, device: str | None) -> Any:
 
     Raises `XloomError`: model_not_loadable, device_missing.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the terminal shows ours
     place = choose_device(device)
     dtype = torch.float32 if place.type == "cpu" else choose_dtype("auto", place)
-    with reading(model.source):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model.source,
-            revision=model.revision,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    refuse_missing(model.source, info)
-    return loaded.to(place)
+    return read_model(model, dtype=dtype).to(place)

@@ -51,6 +51,16 @@ class Stack:
     tensors: Tensors
 
     @property
+    def described(self) -> dict[str, Any]:
+        """The fields that the `Routing` of any kind takes of it."""
+        return {
+            "num_adapters": len(self.names),
+            "adapter_names": self.names,
+            "modules": self.modules,
+            "segments": self.segments,
+        }
+
+    @property
     def rank(self) -> int:
         """The largest sum of ranks over the modules."""
         return max(sum(rank for _, rank in segment) for segment in self.segments)

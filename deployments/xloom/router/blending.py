@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from xloom.adapters.manifest import Entry
-from xloom.protocol import Blend, XloomError, some_of
+from xloom.protocol import Blend, XloomError, name_of_source, some_of
 
 
 def blend_of(options: Blend, adapters: Sequence[str], entries: Sequence[Entry], subtract: Sequence[str] = ()) -> Blend:
@@ -33,7 +33,7 @@ def _named(wanted: Sequence[str], served: Mapping[str, Entry]) -> tuple[dict[str
         entry = served.get(each)
         if entry is not None and entry.ref.is_mixture:
             raise _invalid(f"{each!r} is a mixture itself")
-        name = each if entry is not None else each.rstrip("/").rpartition("/")[2].partition("@")[0]
+        name = each if entry is not None else name_of_source(each)
         if entry is None and "/" not in each:
             there = some_of([name for name, entry in served.items() if not entry.ref.is_mixture]) or "none"
             message = f"There is no adapter {each[:80]!r}."

@@ -33,8 +33,11 @@ _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _VALUES = ("log-probabilities in one answer", "logprob_values")
 
 
-def check_body(body: bytes, limits: LimitSettings) -> None:
-    """Raises `XloomError` on what is no JSON, could not be sent to a replica, or asks for more than the limits."""
+def check_body(body: bytes, limits: LimitSettings) -> Any:
+    """What a JSON body says.
+
+    Raises `XloomError` on what is no JSON, could not be sent to a replica, or asks for more than the limits.
+    """
     document = _decode(body)
     if isinstance(document, dict):
         tokens = sum(_tokens(name, document[name]) for name in _TOKENS if name in document)
@@ -46,6 +49,7 @@ def check_body(body: bytes, limits: LimitSettings) -> None:
             _check_fields(nested, limits, tokens)
     else:
         _check_shape(document, limits)
+    return document
 
 
 def _is_tokens(value: Any) -> bool:

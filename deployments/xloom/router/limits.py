@@ -32,17 +32,21 @@ class BodyLimits:
             kinds = [value.lower() for name, value in scope["headers"] if name == b"content-type"]
             if body and (not kinds or any(b"json" in kind for kind in kinds)):  # whichever of them the app reads
                 body = body.removeprefix(BOM)
-                if len(body) > _ASIDE:
-                    await asyncio.to_thread(check_body, body, self._limits)
-                else:
-                    check_body(body, self._limits)
-                take_weights(body)
-                take_return_mixture(body)
+                await self._take(body)
         except XloomError as error:
             await send_error(send, error)
             return
         message = {"type": "http.request", "body": body, "more_body": False}
         await self._app(scope, replayed(message, receive), send)
+
+    async def _take(self, body: bytes) -> None:
+        """Check a JSON body, and keep what it says of mixtures; what was read of it goes before the app runs."""
+        if len(body) > _ASIDE:
+            document = await asyncio.to_thread(check_body, body, self._limits)
+        else:
+            document = check_body(body, self._limits)
+        take_weights(document)
+        take_return_mixture(document)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         most = self._limits.body_bytes

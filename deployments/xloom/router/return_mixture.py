@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
-
-import msgspec
+from typing import Any, Literal, NamedTuple
 
 from xloom.protocol import XloomError
 from xloom.router.body import has_length, sequences_of
@@ -24,17 +22,15 @@ class Wanted(NamedTuple):
 _wanted: ContextVar[Wanted | None] = ContextVar("xloom_return_mixture", default=None)
 
 
-def take_return_mixture(body: bytes) -> None:
+def take_return_mixture(document: Any) -> None:
     """Keep what a checked JSON body says for the request of this task. Raises `XloomError` (invalid_request)."""
     wanted = None
-    if b'"return_mixture"' in body or b"\\u" in body:  # else it is not worth a second reading
-        fields = msgspec.json.decode(body)
-        detail = fields.get("return_mixture") if isinstance(fields, dict) else None  # what is none is refused elsewhere
-        if detail is not None:
-            if detail not in ("tokens", "layers"):
-                message = f"`return_mixture` is {str(detail)[:40]!r}."
-                raise XloomError("invalid_request", message, "Send tokens or layers, or leave it out.")
-            wanted = Wanted(detail, sequences_of(fields), has_length(fields))
+    detail = document.get("return_mixture") if isinstance(document, dict) else None  # what is none is refused elsewhere
+    if detail is not None:
+        if detail not in ("tokens", "layers"):
+            message = f"`return_mixture` is {str(detail)[:40]!r}."
+            raise XloomError("invalid_request", message, "Send tokens or layers, or leave it out.")
+        wanted = Wanted(detail, sequences_of(document), has_length(document))
     _wanted.set(wanted)
 
 

@@ -28,18 +28,17 @@ _sent: ContextVar[Sent | None] = ContextVar("xloom_weights", default=None)
 _adapter: ContextVar[AdapterRef | None] = ContextVar("xloom_weights_adapter", default=None)
 
 
-def take_weights(body: bytes) -> None:
-    """Keep the weights in a JSON body for the request that this task serves. Raises `XloomError` (invalid_weights)."""
+def take_weights(document: Any) -> None:
+    """Keep the weights in a checked JSON body for the request of this task. Raises `XloomError` (invalid_weights)."""
     sent = None
-    if b'"mixture"' in body or b"\\u" in body:  # else it is not worth a second reading
+    if isinstance(document, dict) and "mixture" in document:  # what is no object is refused elsewhere
         try:
-            read = msgspec.json.decode(body, type=_Body)
-            if read.mixture is not None:
-                sent = Sent(read.model if isinstance(read.model, str) else None, read.mixture)
+            read = msgspec.convert(document, _Body)
         except msgspec.ValidationError as error:
-            if body.lstrip()[:1] == b"{":  # what is no object is refused elsewhere
-                cure = 'Send {"mixture": {"adapter": 0.5}}.'
-                raise XloomError("invalid_weights", f"The weights can't be read: {error}.", cure) from None
+            cure = 'Send {"mixture": {"adapter": 0.5}}.'
+            raise XloomError("invalid_weights", f"The weights can't be read: {error}.", cure) from None
+        if read.mixture is not None:
+            sent = Sent(read.model if isinstance(read.model, str) else None, read.mixture)
     _sent.set(sent)
     _adapter.set(None)
 

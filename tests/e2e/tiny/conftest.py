@@ -24,3 +24,15 @@ def server(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     served.wait_ready()
     yield served
     served.stop()
+
+
+@pytest.fixture
+def names_as_before(server: Served) -> Iterator[None]:
+    """A test leaves the names as they were."""
+    before = server.names()
+    yield
+    for name in server.names():
+        if name not in before:
+            assert server.unload(name).status_code == 200
+    assert server.names() == before
+    server.wait_idle()

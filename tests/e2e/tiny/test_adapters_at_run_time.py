@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -14,20 +13,10 @@ from ...models import ADAPTERS, peft_greedy, peft_lora, peft_xlora, tiny_adapter
 from ..served import TOKENS, Served
 from ..weights import Oracle, Weights
 
+pytestmark = pytest.mark.usefixtures("names_as_before")
+
 PROMPT = list(range(90, 150))  # its first page is in the prefix cache when it is asked again
 NEW_TOKENS = 12
-
-
-@pytest.fixture(autouse=True)
-def _as_before(server: Served) -> Iterator[None]:
-    """A test leaves the names as they were."""
-    before = server.names()
-    yield
-    for name in server.names():
-        if name not in before:
-            server.unload(name)
-    assert server.names() == before
-    server.wait_idle()
 
 
 def assert_gone(server: Served, name: str) -> None:

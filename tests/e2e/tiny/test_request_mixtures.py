@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,11 @@ from xloom.protocol import Blend
 from ..served import ADMIN_KEY, TOKENS, Served
 from ..weights import Oracle, Weights
 
+pytestmark = pytest.mark.usefixtures("names_as_before")
+
 PROMPT = tuple(range(43, 143))  # three pages, which all weights would share
 WEIGHTS = {"alpha": 0.5, "beta": -0.75}
 MESSAGES: Any = [{"role": "user", "content": "What is woven?"}]
-
-
-@pytest.fixture(autouse=True)
-def _as_before(server: Served) -> Iterator[None]:
-    """A test leaves the names as they were."""
-    before = server.names()
-    yield
-    for name in server.names():
-        if name not in before:
-            assert server.unload(name).status_code == 200
-    assert server.names() == before
 
 
 def tokens(server: Served, sent: dict[str, float], model: str = "base", count: int = 12) -> list[int]:

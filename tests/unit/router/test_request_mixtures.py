@@ -164,7 +164,7 @@ async def test_the_store_is_told_what_is_in_use_for_as_long_as_an_answer_lasts(
         begun.set()
         await done.wait()
 
-    take_weights(b'{"model": "base", "mixture": {"code": 0.5}}')
+    take_weights({"model": "base", "mixture": {"code": 0.5}})
     scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
     answering = asyncio.create_task(WeightedRequests(app, mixtures)(scope, cast(Any, None), cast(Any, None)))
     await asyncio.wait_for(begun.wait(), 5)
@@ -189,7 +189,7 @@ async def test_routes_that_answer_nothing_are_left_alone() -> None:
         assert adapter_in_place() is None
         passed.append(scope["path"])
 
-    take_weights(b'{"model": "base", "mixture": {"poems": 0.5}}')
+    take_weights({"model": "base", "mixture": {"poems": 0.5}})
     for path in ("/tokenize", "/v1/models"):
         scope = {"type": "http", "method": "POST", "path": path}
         await WeightedRequests(app, made(store))(scope, cast(Any, None), cast(Any, None))

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from xloom.protocol import XloomError
+from xloom.router.body import check_body
 from xloom.router.return_mixture import take_return_mixture, wanted_gates
+from xloom.settings import LimitSettings
 
 
 def taken(body: Any) -> Any:
-    take_return_mixture(json.dumps(body).encode())
+    take_return_mixture(check_body(json.dumps(body).encode(), LimitSettings()))
     return wanted_gates()
 
 

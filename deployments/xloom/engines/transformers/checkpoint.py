@@ -7,9 +7,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xloom.protocol import XloomError, some_of
+
+if TYPE_CHECKING:
+    from xloom.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,26 @@ def reading(source: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError) as error:
         cure = "Name a local folder with config.json and safetensors, or a hub id."
         raise XloomError("model_not_loadable", f"No model could be read from {source!r}: {error}", cure) from error
+
+
+def read_model(model: ModelSettings, **options: Any) -> Any:
+    """A causal language model with all its weights, from safetensors; `options` are those of `from_pretrained`.
+
+    Raises `XloomError` (model_not_loadable).
+    """
+    from transformers import AutoModelForCausalLM
+
+    with reading(model.source):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model.source,
+            revision=model.revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    refuse_missing(model.source, info)
+    return loaded
 
 
 def refuse_missing(source: str, info: Mapping[str, Collection[Any]]) -> None:

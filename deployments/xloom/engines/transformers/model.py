@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xloom.engines.transformers.batch import ATTENTION, packs
-from xloom.engines.transformers.checkpoint import reading, refuse_missing
+from xloom.engines.transformers.checkpoint import read_model, reading
 from xloom.protocol import XloomError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class LoadedModel:
 def load_model(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
     """Load the model from safetensors. Raises `XloomError`: model_not_loadable, unsupported_setting, and the like."""
     _check(engine)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     device = choose_device(engine.extra_args.get("device"))
     dtype = choose_dtype(engine.dtype, device)
@@ -55,16 +55,7 @@ def load_model(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
     with reading(model.source):
         config = AutoConfig.from_pretrained(model.source, revision=model.revision, trust_remote_code=False)
         batching = bool(engine.extra_args.get("batching", True)) and packs(config)
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model.source,
-            revision=model.revision,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=ATTENTION if batching else None,
-            output_loading_info=True,
-        )
-    refuse_missing(model.source, info)
+    loaded = read_model(model, dtype=dtype, attn_implementation=ATTENTION if batching else None)
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or engine.max_model_len
     if limit < engine.max_model_len:

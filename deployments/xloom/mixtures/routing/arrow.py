@@ -29,10 +29,7 @@ class ArrowRouting(InputRouting):
     ) -> Self:
         """The routing of a stack of these adapters."""
         return cls(
-            num_adapters=len(stack.names),
-            adapter_names=stack.names,
-            modules=stack.modules,
-            segments=stack.segments,
+            **stack.described,
             activation="softmax",
             top_k=top_k,
             temperature=temperature,
